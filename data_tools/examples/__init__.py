@@ -1,0 +1,1 @@
+"""One Sample becomes one training example: question, pixels, token ids, labels and weights."""

@@ -1,0 +1,224 @@
+"""Conversation and pixels -> token ids, labels and weights; the same code trains and reads.
+
+The text goes through the model folder's own chat template. The prompt is tokenised exactly as at
+inference, the answer by itself: at inference the model continues after a finished prompt, so no
+token may span the border between them.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.errors import DataError
+from data_tools.examples.characters import CharPrior, token_weights
+from data_tools.examples.images import PATCH_PX, num_visual_tokens, resize, smart_resize
+from data_tools.examples.preprocess import Transform, apply_transforms
+from data_tools.examples.tasks import Conversation, Span, Turn
+
+IMAGE_PAD = "<|image_pad|>"
+END_OF_TURN = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How pages are prepared: named transforms, then the resize into the pixel limits."""
+
+    min_pixels: int
+    max_pixels: int
+    transforms: tuple[Transform, ...] = ()
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """Return the (H, W, 3) uint8 image that the model sees; H and W are multiples of 28."""
+        image = apply_transforms(image, self.transforms)
+        return resize(image, *self.resized_size(*image.shape[:2]))
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) px that `smart_resize` gives a transformed image."""
+        return smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether an image's resized size follows from its original size alone."""
+        return all(transform.keeps_size for transform in self.transforms)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads before it answers.
+
+    Attributes:
+        input_ids: (S,) int64, image pads expanded to one per visual token.
+        images: (H, W, 3) uint8 each, H and W multiples of 28.
+    """
+
+    input_ids: np.ndarray
+    images: tuple[np.ndarray, ...] = ()
+
+    @property
+    def grid_thw(self) -> np.ndarray:
+        """(I, 3) int64: frames, patch rows and patch columns of each image."""
+        return grid_of(self.images)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation, ready for a pack.
+
+    Attributes:
+        key: of the sample.
+        input_ids: (S,) int64.
+        images: (H, W, 3) uint8 each.
+        target_positions: (L,) int64, positions in `input_ids` of the tokens to be predicted.
+        weights: (L,) float32 loss weight of each of them.
+        extra: what a caller wants to carry along (the answer's text, for logs).
+    """
+
+    key: str
+    input_ids: np.ndarray
+    images: tuple[np.ndarray, ...]
+    target_positions: np.ndarray
+    weights: np.ndarray
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grid_thw(self) -> np.ndarray:
+        """(I, 3) int64: frames, patch rows and patch columns of each image."""
+        return grid_of(self.images)
+
+
+def grid_of(images: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Return (I, 3) int64 grids of (H, W, 3) images."""
+    grids = [(1, image.shape[0] // PATCH_PX, image.shape[1] // PATCH_PX) for image in images]
+    return np.asarray(grids, np.int64).reshape(-1, 3)
+
+
+class Encoder:
+    """Turns conversations into token ids with the tokenizer and chat template of a model folder."""
+
+    def __init__(self, tokenizer: Any, images: ImageSettings, prior: CharPrior | None = None):
+        self.tokenizer = tokenizer
+        self.images = images
+        self.prior = prior
+        self.image_pad_id: int = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self._plain_ids = lru_cache(maxsize=4096)(self._tokenize)
+        self._plain_render = lru_cache(maxsize=4096)(self._render)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, images: ImageSettings, prior: CharPrior | None = None
+    ) -> "Encoder":
+        """Load the tokenizer and chat template of a Hugging Face model folder."""
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(str(folder)), images, prior)
+
+    def prompt(self, images: list[np.ndarray], text: str) -> Prompt:
+        """Build what the model reads: decoded (H, W, 3) uint8 pages, then the question.
+
+        Args:
+            images: decoded and oriented pages, before any transform or resize.
+            text: the user's text; may be empty.
+        """
+        pages = tuple(self.images.prepare(image) for image in images)
+        return self.prompt_of((Turn("user", (Span(text),), num_images=len(images)),), pages)
+
+    def prompt_of(self, conversation: Conversation, images: tuple[np.ndarray, ...]) -> Prompt:
+        """Build what the model reads before it continues a conversation.
+
+        Args:
+            conversation: without the answer that is wanted.
+            images: prepared pages (`ImageSettings.prepare`).
+        """
+        head = self._plain_ids(self._plain_render(conversation, True))
+        return Prompt(self._expand(np.asarray(head, np.int64), images), images)
+
+    def example(
+        self, key: str, conversation: Conversation, images: tuple[np.ndarray, ...]
+    ) -> Example:
+        """Build a training example: every answer of the assistant and its end token is a label.
+
+        Args:
+            key: of the sample.
+            conversation: its turns; the images stand in them in order.
+            images: prepared pages (`ImageSettings.prepare`).
+        """
+        ids, targets, weights = self._encode(conversation)
+        # Each image pad grows into one pad a visual token, which moves what follows it.
+        pads = np.flatnonzero(ids == self.image_pad_id)
+        counts = [num_visual_tokens(*image.shape[:2]) for image in images]
+        growth = np.cumsum([0, *(count - 1 for count in counts)])
+        moved = targets + growth[np.searchsorted(pads, targets)]
+        return Example(key, self._expand(ids, images), images, moved, weights)
+
+    def count(self, conversation: Conversation) -> tuple[int, int]:
+        """Return (tokens without image pads, label tokens) of a conversation."""
+        ids, targets, _ = self._encode(conversation)
+        return len(ids) - int((ids == self.image_pad_id).sum()), len(targets)
+
+    def answer_weights(self, conversation: Conversation) -> np.ndarray:
+        """Return the (label tokens,) float32 weights of a conversation."""
+        return self._encode(conversation)[2]
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """Return the text of generated ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _encode(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ids (S,) with one pad an image, target positions (L,) and weights (L,)."""
+        whole = self._render(conversation, False)
+        ids: list[int] = []
+        targets: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        done = ""
+        for number, turn in enumerate(conversation):
+            if turn.role != "assistant":
+                continue
+            head = self._plain_render(conversation[:number], True)
+            if not whole.startswith(head + turn.text + END_OF_TURN):
+                raise DataError(
+                    "the chat template does not write an answer as it stands followed by "
+                    f"{END_OF_TURN}; train from a model folder with a Qwen2.5-VL template"
+                )
+            ids += self._plain_ids(head[len(done) :])
+            answer, offsets = self._tokenize_answer(turn.text)
+            targets.append(np.arange(len(ids), len(ids) + len(answer) + 1))
+            weights += [token_weights(turn.spans, offsets, self.prior), self._end_weight]
+            ids += [*answer, self.end_id]
+            done = head + turn.text + END_OF_TURN
+        return np.asarray(ids, np.int64), np.concatenate(targets), np.concatenate(weights)
+
+    @property
+    def _end_weight(self) -> np.ndarray:
+        return np.asarray([1 / self.prior.mean if self.prior else 1.0], np.float32)
+
+    def _expand(self, ids: np.ndarray, images: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Repeat the n-th image pad once a visual token of the n-th image."""
+        is_pad = ids == self.image_pad_id
+        if is_pad.sum() != len(images):
+            raise DataError(f"the text shows {is_pad.sum()} images, {len(images)} were given")
+        repeats = np.ones(len(ids), np.int64)
+        repeats[is_pad] = [num_visual_tokens(*image.shape[:2]) for image in images]
+        return np.repeat(ids, repeats)
+
+    def _render(self, conversation: Conversation, is_open: bool) -> str:
+        messages = [turn.message for turn in conversation]
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=is_open
+        )
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _tokenize_answer(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        # A document may show "<|im_end|>" in print: in an answer that is text, not a token.
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            split_special_tokens=True,
+        )
+        return encoded["input_ids"], encoded["offset_mapping"]

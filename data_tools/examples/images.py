@@ -1,0 +1,149 @@
+"""Decode, orient and resize page images exactly as Qwen2.5-VL's own processor does.
+
+The rule of the Hugging Face image processor (`smart_resize`, patch 14, merge 2): both sides are
+multiples of 28 px, the area lies in [min_pixels, max_pixels], the aspect ratio is kept. What the
+processor does not do is done here first: EXIF orientation, 16-bit grey scaled instead of clipped,
+transparency composited on white.
+"""
+
+import io
+import math
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data_tools.errors import DataError
+from data_tools.sample import Box
+
+PATCH_PX = 14
+FACTOR_PX = 28  # patch 14 * spatial merge 2
+MAX_IMAGE_PIXELS = 100_000_000
+MAX_ASPECT = 200
+
+
+def decode(data: bytes, name: str = "image") -> np.ndarray:
+    """Decode an encoded image into (height, width, 3) uint8 RGB, oriented by its EXIF tag.
+
+    Raises:
+        DataError: if the bytes are no image, are cut off, or the image is absurdly large.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                _check_size(name, *image.size)
+                plain = _decode_jpeg(data, image)
+                return plain if plain is not None else np.asarray(_to_rgb(image))
+        except DataError:
+            raise
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
+            raise DataError(f"{name}: cannot be decoded ({error})") from error
+
+
+def oriented_size(data: bytes, name: str = "image") -> tuple[int, int]:
+    """Return (width, height) in pixels after EXIF orientation, reading only the header.
+
+    Raises:
+        DataError: if there is no image header or the size is absurd.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            swapped = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: no readable image header ({error})") from error
+    _check_size(name, width, height)
+    return (height, width) if swapped else (width, height)
+
+
+def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the (height, width) that the vision encoder will see.
+
+    Source: `smart_resize` of transformers' Qwen2-VL image processor (5.23), Python's banker's
+    rounding included.
+
+    Raises:
+        DataError: if the aspect ratio exceeds 200.
+    """
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise DataError(f"aspect ratio of {width} x {height} px exceeds {MAX_ASPECT}")
+    new_height = round(height / FACTOR_PX) * FACTOR_PX
+    new_width = round(width / FACTOR_PX) * FACTOR_PX
+    if new_height * new_width > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        new_height = max(FACTOR_PX, math.floor(height / scale / FACTOR_PX) * FACTOR_PX)
+        new_width = max(FACTOR_PX, math.floor(width / scale / FACTOR_PX) * FACTOR_PX)
+    elif new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * scale / FACTOR_PX) * FACTOR_PX
+        new_width = math.ceil(width * scale / FACTOR_PX) * FACTOR_PX
+    return new_height, new_width
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 with Pillow's antialiased bicubic, bit-equal to the PIL processor."""
+    if image.shape[:2] == (height, width):
+        return np.ascontiguousarray(image)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def num_visual_tokens(height: int, width: int) -> int:
+    """Return the tokens that the language model receives for a resized image (2x2 merge)."""
+    return (height // FACTOR_PX) * (width // FACTOR_PX)
+
+
+def scale_box(box: Box, from_wh: tuple[int, int], to_wh: tuple[int, int]) -> Box:
+    """Move a half-open xyxy box from one image size to another, clipped, never empty.
+
+    Args:
+        box: (x1, y1, x2, y2) in pixels of an image of size `from_wh`.
+        from_wh: (width, height) in pixels.
+        to_wh: (width, height) in pixels.
+    """
+    scale_x, scale_y = to_wh[0] / from_wh[0], to_wh[1] / from_wh[1]
+    x1 = min(max(0, round(box[0] * scale_x)), to_wh[0] - 1)
+    y1 = min(max(0, round(box[1] * scale_y)), to_wh[1] - 1)
+    x2 = min(max(x1 + 1, round(box[2] * scale_x)), to_wh[0])
+    y2 = min(max(y1 + 1, round(box[3] * scale_y)), to_wh[1])
+    return x1, y1, x2, y2
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """Decode a plain JPEG with simplejpeg (bit-equal to Pillow, faster); None for anything else."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    import simplejpeg
+
+    pixels = simplejpeg.decode_jpeg(data, "RGB")
+    if image.getexif().get(0x0112, 1) == 1:
+        return pixels
+    oriented = Image.fromarray(pixels)
+    oriented.getexif()[0x0112] = image.getexif()[0x0112]
+    return np.asarray(ImageOps.exif_transpose(oriented))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if "A" in image.getbands() or "transparency" in image.info:
+        page = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"{name}: {width} x {height} px; expected 1 to {MAX_IMAGE_PIXELS // 10**6} megapixels"
+        )

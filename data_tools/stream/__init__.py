@@ -1,0 +1,1 @@
+"""Shards -> batches: index, order, plan, collate, execute. Order and plan are pure functions."""

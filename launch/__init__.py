@@ -1,0 +1,1 @@
+"""Starting and chaining jobs; computes nothing itself and imports no tensors."""

@@ -1,0 +1,25 @@
+"""Checkpoints of a ZeRO-3 run: saved whole or not at all, loaded at any world size."""
+
+from train.checkpoint.load import load_checkpoint
+from train.checkpoint.manifest import (
+    Manifest,
+    find_checkpoint,
+    list_checkpoints,
+    newest_valid,
+    read_manifest,
+    verify,
+)
+from train.checkpoint.save import save_checkpoint
+from train.checkpoint.shards import SliceReader
+
+__all__ = [
+    "Manifest",
+    "SliceReader",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "newest_valid",
+    "read_manifest",
+    "save_checkpoint",
+    "verify",
+]

@@ -1,0 +1,401 @@
+"""The configuration of a stage: a strict schema, YAML files, overrides, and every error at once.
+
+    extends: ../stage1.yaml        # a variant names the file that it changes
+    data: {max_pixels: 1605632}
+
+and on the command line `data.max_pixels=802816`. Unknown keys are refused with the nearest known
+one. What can be derived (paths, DeepSpeed settings, steps) is derived, not asked for.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_tools.errors import ConfigError
+from data_tools.examples.preprocess import AnyTransform
+
+CONFIG_VERSION = 1
+REQUIRED_OF_USER = ("run.dir", "model.path", "data.train", "data.validation")
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys and wrong kinds are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunConfig(Section):
+    """Where a run lies and what its random draws start from."""
+
+    dir: str = Field(min_length=1, description="the run folder; the stage writes to dir/stageN")
+    seed: int = Field(default=0, ge=0, description="seed of order, tasks, augmentation, adapters")
+
+
+class AdapterConfig(Section):
+    """LoRA (Hu et al. 2021) on linear layers; merged into the weights at export."""
+
+    rank: int = Field(default=16, gt=0, description="inner dimension r")
+    alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapter's input")
+    targets: list[str] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "qkv", "proj"],
+        description="names of the linear layers that get one, in the parts that the stage trains",
+    )
+
+
+class ModelConfig(Section):
+    """The model that the stage starts from."""
+
+    path: str = Field(min_length=1, description="a Hugging Face folder of Qwen2.5-VL")
+    init: Literal["pretrained", "scratch"] = Field(
+        default="pretrained", description="scratch: random weights from the folder's config.json"
+    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "varlen"] = Field(
+        default="auto",
+        description="auto: flash-attn, else torch's varlen on a GPU; SDPA by document on a CPU",
+    )
+    adapter: AdapterConfig | None = Field(default=None, description="null trains full weights")
+
+
+class SourceConfig(Section):
+    """One of several sources of a mix."""
+
+    shards: str = Field(min_length=1, description="path, URL or glob of tars")
+    weight: float = Field(default=1.0, gt=0, description="share of the samples drawn")
+
+
+class AugmentConfig(Section):
+    """Seeded changes of prepared pages; 0 switches a part off."""
+
+    rotate_deg: float = Field(default=0.0, ge=0, le=10, description="largest rotation in degrees")
+    shear: float = Field(default=0.0, ge=0, le=0.5, description="largest horizontal shear")
+    blur_sigma_px: float = Field(default=0.0, ge=0, le=5, description="largest Gaussian blur")
+    noise_sigma: float = Field(default=0.0, ge=0, le=64, description="grey levels")
+    contrast: float = Field(default=0.0, ge=0, lt=1, description="largest relative change")
+    brightness: float = Field(default=0.0, ge=0, le=128, description="largest shift, grey levels")
+
+
+class DataConfig(Section):
+    """What is read, at which resolution, and how much of it makes a pack and a step."""
+
+    train: list[SourceConfig] = Field(min_length=1, description="shards to train on")
+    validation: list[str] = Field(min_length=1, description="shards to evaluate on")
+    min_pixels: int = Field(default=3136, ge=784, description="smaller pages are enlarged")
+    max_pixels: int = Field(default=1605632, ge=784, description="larger pages are shrunk")
+    preprocess: list[AnyTransform] = Field(
+        default=[], description="named image transforms, stored in the export as well"
+    )
+    augment: AugmentConfig | None = Field(default=None, description="null: none")
+    token_budget: int = Field(default=16384, gt=0, description="text + visual tokens of a pack")
+    patch_budget: int | None = Field(
+        default=None, gt=0, description="vision patches of a pack; null: 4 per token, never binding"
+    )
+    packs_per_step: int = Field(default=8, gt=0, description="global batch in packs, all ranks")
+    min_chars: int = Field(default=0, ge=0, description="leave out samples with less text")
+    max_chars: int | None = Field(default=None, gt=0, description="and with more")
+    max_hole_share: float = Field(
+        default=0.001, ge=0, le=1, description="stop above this share of unreadable samples"
+    )
+    num_workers: int = Field(default=4, ge=0, description="loader processes a rank; 0: none")
+    prefetch: int = Field(default=4, gt=0, description="packs that each worker keeps ready")
+    index_workers: int = Field(default=4, ge=0, description="processes that measure lengths")
+
+    @property
+    def patches(self) -> int:
+        """The patch budget, derived if it is null."""
+        return self.patch_budget or 4 * self.token_budget
+
+
+class TemplateConfig(Section):
+    """A question and how often it is asked."""
+
+    name: str = Field(min_length=1, description="of data_tools/templates, or a YAML file")
+    weight: float = Field(default=1.0, gt=0, description="its share")
+
+
+class TaskConfig(Section):
+    """Which questions are asked of a sample."""
+
+    unit: Literal["page", "line"] = Field(
+        default="page", description="what a sample shows; a line reader needs boxes to read pages"
+    )
+    templates: list[TemplateConfig] = Field(
+        default=[TemplateConfig(name="text-en")], min_length=1, description="the recipe"
+    )
+
+
+class EarlyStoppingConfig(Section):
+    """Stop when the metric has not improved for a while."""
+
+    patience: int = Field(default=3, gt=0, description="evaluations without improvement")
+    min_delta: float = Field(default=0.0, ge=0, description="smaller gains do not count")
+
+
+class CollapseConfig(Section):
+    """Stop a stage that destroys what the model could do (exit code 2)."""
+
+    at_steps: list[int] = Field(
+        default=[50, 100, 200, 400], description="when the loss is looked at"
+    )
+    max_ratio: float = Field(
+        default=1.5, gt=1, description="of held-out loss to that of step 0, twice in a row"
+    )
+
+
+class StageConfig(Section):
+    """What trains, for how long, and when to stop."""
+
+    number: Literal[1, 2] = Field(description="1: vision encoder, language model frozen; 2: all")
+    train_merger: bool = Field(
+        default=True, description="stage 1: the merger belongs to the vision encoder's side"
+    )
+    epochs: int = Field(default=12, gt=0, description="how often each sample is seen")
+    max_steps: int | None = Field(default=None, gt=0, description="stop earlier; null: by epochs")
+    early_stopping: EarlyStoppingConfig | None = Field(default=None, description="null: never")
+    collapse: CollapseConfig | None = Field(default=None, description="null: no guard")
+
+
+class OptimConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019) with warm-up."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    lr_merger: float | None = Field(default=None, gt=0, description="null: as lr")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="of the first moment")
+    beta2: float = Field(default=0.98, ge=0, lt=1, description="of the second moment")
+    weight_decay: float = Field(default=0.01, ge=0, description="on matrices only")
+    warmup_steps: int = Field(default=0, ge=0, description="linear from 0")
+    hold: float = Field(default=0.0, ge=0, le=1, description="share of steps before the decay")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="decay")
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="final lr / peak lr")
+    clip_norm: float = Field(default=1.0, gt=0, description="global gradient norm")
+
+
+class CharPriorConfig(Section):
+    """Character weights from the training index; mean 1 over it."""
+
+    rarity: float = Field(default=0.25, ge=0, le=1, description="exponent; 0: off")
+    critical: float = Field(default=0.5, ge=0, description="gain of digits and separators; 0: off")
+    fields: dict[str, float] = Field(default={}, description="factor by annotation category")
+
+
+class LossConfig(Section):
+    """How much each character counts."""
+
+    char_prior: CharPriorConfig | None = Field(default=None, description="null: all alike")
+
+
+class ParallelConfig(Section):
+    """Precision and memory."""
+
+    zero_stage: Literal[3] = Field(default=3, description="ZeRO-3: everything partitioned")
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="with fp32 master")
+    recompute: bool = Field(
+        default=True, description="non-reentrant activation checkpointing of every block"
+    )
+    timeout_s: int = Field(default=1800, gt=0, description="a collective that takes longer fails")
+    zero: dict[str, int | bool] = Field(
+        default={}, description="further settings of DeepSpeed's zero_optimization"
+    )
+
+
+class CheckpointConfig(Section):
+    """How often the state is saved, and how many are kept."""
+
+    every_steps: int = Field(default=500, gt=0, description="and at the end")
+    keep_last: int = Field(default=2, gt=0, description="older ones are deleted")
+
+
+class EvaluationConfig(Section):
+    """The validation sample that is read during training."""
+
+    every_steps: int = Field(default=500, gt=0, description="and at the end")
+    num_samples: int = Field(default=64, gt=0, description="of the validation shards, seeded")
+    max_new_tokens: int = Field(default=1024, gt=0, description="of one answer")
+    batch_size: int = Field(default=16, gt=0, description="answers decoded at once")
+    metric: Literal["cer", "loss"] = Field(default="cer", description="of early stopping")
+    casefold: bool = Field(default=False, description="compare without case (SROIE's labels)")
+
+
+class MonitorConfig(Section):
+    """What TensorBoard and the log show."""
+
+    log_every: int = Field(default=10, gt=0, description="steps between log lines")
+    num_images: int = Field(default=4, ge=0, description="pages with predicted and true text")
+
+
+class Config(Section):
+    """One stage of training."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    stage: StageConfig
+    optim: OptimConfig
+    loss: LossConfig = Field(default_factory=LossConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this stage, RUN/stageN."""
+        return Path(self.run.dir) / f"stage{self.stage.number}"
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        """Check what no single key shows."""
+        if self.data.min_pixels > self.data.max_pixels:
+            raise ValueError("data.min_pixels is larger than data.max_pixels")
+        keeps_size = all(transform.keeps_size for transform in self.data.preprocess)
+        if self.task.unit == "page" and not keeps_size:
+            raise ValueError("data.preprocess cuts lines out (line_strip); set task.unit to line")
+        if self.stage.number == 2 and not self.stage.train_merger:
+            raise ValueError("stage.train_merger: stage 2 trains every part")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a stage's YAML, apply `key.path=value` overrides and validate.
+
+    Raises:
+        ConfigError: one message that lists every error with its key path and a suggestion.
+    """
+    record = read_yaml(path)
+    for override in overrides or []:
+        _apply(record, override)
+    try:
+        return Config.model_validate(record)
+    except ValidationError as error:
+        lines = sorted({_explain(item) for item in error.errors()})
+        raise ConfigError(f"{path}:\n  " + "\n  ".join(lines)) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping and what it extends, the nearer file winning key by key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        record = yaml.load(text, _Loader)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; `ls configs/` shows what is shipped"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path}: expected sections (run, model, data, ...), got {record!r}")
+    base = record.pop("extends", None)
+    return _merge(read_yaml(Path(path).parent / base), record) if base else record
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def reader_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what an exported folder must know to read as the stage trained (`lectern.json`).
+
+    Args:
+        record: a resolved configuration, as `config.yaml` holds it.
+    """
+    data, task = record["data"], record["task"]
+    return {
+        "version": CONFIG_VERSION,
+        "unit": task["unit"],
+        "template": task["templates"][0]["name"],
+        "preprocess": data["preprocess"],
+        "min_pixels": data["min_pixels"],
+        "max_pixels": data["max_pixels"],
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-5 as text; people who write learning rates mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(record: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key.path=value, as optim.lr=5e-6")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is no valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        record = record.setdefault(parent, {})
+        if not isinstance(record, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a section")
+    record[last] = value
+
+
+def _explain(item: Any) -> str:
+    """Put one of pydantic's errors into a sentence with the key's path and a suggestion."""
+    place = [str(part) for part in item["loc"]]
+    path = ".".join(place)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1], _known_keys(place[:-1]), n=1, cutoff=0.5)
+        advice = f" Did you mean {'.'.join([*place[:-1], near[0]])}?" if near else ""
+        return f"{path} is not a known key.{advice}"
+    if item["type"] == "missing":
+        hint = " (yours to set)" if path in REQUIRED_OF_USER else ""
+        return f"{path} must be set{hint}"
+    if not path:
+        return item["msg"].removeprefix("Value error, ")
+    return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    section: Any = Config
+    for part in place:
+        if part.isdigit():
+            continue
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        section = _section_of(field.annotation) if field else None
+    return list(section.model_fields) if section is not None else []
+
+
+def _section_of(annotation: Any) -> Any:
+    """Return the section inside `X`, `X | None` or `list[X]`, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def check_paths(config: Config) -> None:
+    """Raise ConfigError for every local path that is named and does not exist."""
+    missing = []
+    for key, path in (("model.path", config.model.path),):
+        if "://" not in path and not os.path.isdir(os.path.expanduser(path)):
+            missing.append(f"{key}: there is no folder {path}")
+        elif "://" not in path and not os.path.isfile(os.path.join(path, "config.json")):
+            missing.append(f"{key}: {path} holds no config.json; expected a Hugging Face folder")
+    if missing:
+        raise ConfigError("\n  ".join(missing))

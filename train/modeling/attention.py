@@ -1,0 +1,131 @@
+"""Block-diagonal attention over packed documents, registered with transformers by name.
+
+On a GPU one variable-length call a layer (flash-attn or torch's own kernel), on a CPU SDPA document
+by document. Never a T x T mask: packing is carried by `cu_seq_lens` alone, and no attention_mask is
+ever passed, since an all-ones mask would silently let documents see each other.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from data_tools.errors import ConfigError
+
+CPU_NAME = "lectern_documents"
+VARLEN_NAME = "lectern_flash_varlen"  # "flash" in the name: one call a layer in the vision tower
+
+
+def choose_attention(setting: str, device_type: str) -> dict[str, str]:
+    """Return the implementation of the language model and of the vision encoder.
+
+    Args:
+        setting: `model.attention` of the configuration.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ConfigError: if the setting cannot run on this machine.
+    """
+    register()
+    if device_type == "cpu":
+        if setting not in ("auto", "sdpa"):
+            raise ConfigError(f"model.attention={setting} needs a GPU; on a CPU use auto or sdpa")
+        return {"text_config": CPU_NAME, "vision_config": "sdpa"}
+    has_flash_attn = importlib.util.find_spec("flash_attn") is not None
+    if setting == "flash_attention_2" and not has_flash_attn:
+        raise ConfigError(
+            "model.attention=flash_attention_2: the package flash-attn is not installed; "
+            "install the extra `gpu`, or use model.attention=varlen (torch's own kernel)"
+        )
+    if setting == "sdpa":
+        return {"text_config": CPU_NAME, "vision_config": "sdpa"}
+    is_flash = setting == "flash_attention_2" or (setting == "auto" and has_flash_attn)
+    name = "flash_attention_2" if is_flash else VARLEN_NAME
+    return {"text_config": name, "vision_config": name}
+
+
+def register() -> None:
+    """Make the implementations known to transformers; harmless when repeated."""
+    AttentionInterface.register(CPU_NAME, document_attention)
+    AttentionInterface.register(VARLEN_NAME, varlen_attention)
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Run causal SDPA once a document.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, T, head_dim).
+        key: (1, kv heads, T, head_dim).
+        value: likewise.
+        attention_mask: must be None.
+        scaling: of the scores.
+        dropout: on the attention weights.
+        cu_seq_lens_q: (D + 1,) int32, borders of the documents; None takes the row as one.
+        **kwargs: what transformers passes to every implementation.
+
+    Returns:
+        (1, T, heads, head_dim) and no attention weights.
+    """
+    borders = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    outputs = []
+    for start, end in zip(borders, borders[1:], strict=False):
+        document = (t[:, :, start:end] for t in (query, key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                *document, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Run torch's variable-length flash attention: one call for all documents or windows.
+
+    Shapes as in `document_attention`. Causal in the language model; the vision encoder passes
+    `is_causal=False`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    causal = module.is_causal if is_causal is None else is_causal
+    rows = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # (T, heads, head_dim)
+    output = varlen_attn(
+        *rows,
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        max_length_q,
+        max_length_k,
+        scale=scaling,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None], None

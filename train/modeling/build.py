@@ -1,0 +1,76 @@
+"""Build a Qwen2.5-VL from a Hugging Face folder, or from its config with random weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+from data_tools.errors import ConfigError
+from train.modeling.pixels import PixelNormalizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(
+    folder: str, *, init: str, precision: str, attention: dict[str, str], seed: int
+) -> Any:
+    """Return the model of a folder.
+
+    Args:
+        folder: with config.json and, unless `init` is "scratch", safetensors.
+        init: "pretrained" or "scratch" (random weights drawn from `seed`).
+        precision: "bf16" or "fp32".
+        attention: implementation of `text_config` and `vision_config`.
+        seed: of random weights.
+
+    Raises:
+        ConfigError: if the folder holds no weights or weights of another shape.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    dtype = DTYPES[precision]
+    if init == "scratch":
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(folder)
+        config.dtype = dtype
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    else:
+        if not list(Path(folder).glob("*.safetensors")):
+            raise ConfigError(
+                f"model.path: {folder} holds no *.safetensors; download the model there, "
+                "or set model.init=scratch"
+            )
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+        _check_names(folder, report)
+    model.config.use_cache = False
+    return model
+
+
+def pixel_normalizer(folder: str) -> PixelNormalizer:
+    """Return the normalisation of a folder's `preprocessor_config.json`."""
+    try:
+        text = (Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8")
+        record = json.loads(text)
+        return PixelNormalizer(record["image_mean"], record["image_std"])
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: {folder}/preprocessor_config.json must give image_mean and image_std "
+            f"({error})"
+        ) from error
+
+
+def _check_names(folder: str, report: dict[str, Any]) -> None:
+    problems = {
+        kind: sorted(report.get(kind) or ())
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    found = [f"{kind}: {names[:3]}" for kind, names in problems.items() if names]
+    if found:
+        raise ConfigError(f"model.path: the weights in {folder} do not fit its config: {found}")
