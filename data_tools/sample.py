@@ -33,7 +33,7 @@ class Annotation:
 
     Attributes:
         text: what stands there.
-        bbox: (x1, y1, x2, y2) in pixels of the oriented image, x2 and y2 exclusive; None if unknown.
+        bbox: (x1, y1, x2, y2) in pixels of the oriented image, x2 and y2 exclusive, or None.
         image: index of the page it stands on.
         category: the field it belongs to, if any.
         line: number of the text line it belongs to, if known.
@@ -126,7 +126,7 @@ class Sample:
             messages = record.get("messages")
             return cls(
                 key=key,
-                images=tuple(PageImage(**page) for page in record["images"]),
+                images=tuple(_page(page) for page in record["images"]),
                 annotations=tuple(_annotation(a) for a in record["annotations"]),
                 fields=dict(record["fields"]),
                 text=record.get("text"),
@@ -135,7 +135,7 @@ class Sample:
                 source=record.get("source", ""),
                 image_bytes=image_bytes,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f'sample "{key}": malformed JSON member: {error!r}') from error
 
     def to_members(self) -> dict[str, bytes]:
@@ -157,6 +157,10 @@ def member_names(key: str, files: list[str]) -> list[str]:
 
 def _is_list_of_str(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _page(record: dict[str, Any]) -> PageImage:
+    return PageImage(str(record["file"]), int(record["width"]), int(record["height"]))
 
 
 def _annotation_json(annotation: Annotation) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_tools.errors import LaunchError
+from train.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30
@@ -63,5 +64,6 @@ def train_command(config: str, ranks: int | None, overrides: Sequence[str] = ())
         overrides: `key.path=value`.
     """
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet"]
+    launcher += ["--master_port", str(free_port())]
     count = [] if ranks is None else ["--num_gpus", str(ranks)]
     return [*launcher, *count, "train/main.py", "--config", config, *overrides]

@@ -40,7 +40,7 @@ class AdapterConfig(Section):
     """LoRA (Hu et al. 2021) on linear layers; merged into the weights at export."""
 
     rank: int = Field(default=16, gt=0, description="inner dimension r")
-    alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
+    alpha: int = Field(default=32, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapter's input")
     targets: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "qkv", "proj"],

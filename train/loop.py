@@ -13,6 +13,7 @@ import torch.distributed as dist
 from data_tools.errors import EXIT_AGAIN, EXIT_DONE, CheckpointError, LaunchError, LecternError
 from data_tools.stream.executor import StepBatches
 from data_tools.stream.faults import HoleCounter
+from data_tools.stream.hashing import hash_key
 from data_tools.stream.planner import DataState
 from train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from train.config import Config, write_config
@@ -108,6 +109,8 @@ class Trainer:
         self.statistics = StepStatistics(config, ranks, device)
         self.monitor: Monitor = None  # type: ignore[assignment] # made by resume()
         self._signal: int | None = None
+        # For dropout in adapters, the only draw that training makes by itself.
+        torch.manual_seed(hash_key(config.run.seed, "dropout", ranks.rank) >> 1)
         self._num_bad_steps = 0
         self._saved_step = -1
         for name in (signal.SIGTERM, signal.SIGUSR1):

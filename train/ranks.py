@@ -4,6 +4,7 @@ Imports no torch: configuration errors are found, and printed once, before anyth
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, MutableMapping
@@ -51,7 +52,7 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
         values = (env["SLURM_PROCID"], env["SLURM_LOCALID"], env.get("SLURM_NTASKS"), per_node)
     else:
-        return Ranks()
+        return Ranks(master_port=free_port())
     numbers = [_number(name, value) for name, value in zip(names, values, strict=True)]
     rank, local_rank, world_size, per_node_count = numbers
     if not 0 <= rank < world_size:
@@ -95,6 +96,13 @@ def stop_all(error: LecternError, rank: int) -> None:
     else:
         time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
     sys.exit(error.exit_code)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on: two runs on one machine do not collide."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _number(name: str, value: str | None) -> int:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.results import StepResult
-from benchmarks.gpu.workload import build_model, make_batch, set_stage, work_of
+from benchmarks.gpu.workload import make_batch, make_model, set_stage, work_of
 from data_tools.stream.collate import Batch
 from train.modeling.flops import ModelShape, mfu, model_flops, peak_flops
 from train.modeling.packed import PackedModel
@@ -28,7 +28,7 @@ def measure_speed(
     device: torch.device, *, tiny: bool, repetitions: int = REPETITIONS
 ) -> list[StepResult]:
     """Time training steps of both stages with AdamW."""
-    model = build_model(device, tiny=tiny)
+    model = make_model(device, tiny=tiny)
     numbers = list(range(len(make_batch(model, tiny=tiny).keys)))
     while numbers:
         _free_memory(model, device)

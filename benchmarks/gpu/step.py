@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.results import StepResult
-from benchmarks.gpu.workload import build_model, make_batch, set_stage
+from benchmarks.gpu.workload import make_batch, make_model, set_stage
 from data_tools.stream.collate import Batch
 from train.modeling.packed import PackedModel
 
@@ -24,7 +24,7 @@ RTOL_LOSS = {"cpu": 1e-4, "cuda": 1e-2}  # float32; bf16: 8 bits of mantissa
 
 def check_step(device: torch.device, *, tiny: bool) -> list[StepResult]:
     """Check the loss of a pack, the host syncs of forward and backward, and the engine's."""
-    model = build_model(device, tiny=tiny)
+    model = make_model(device, tiny=tiny)
     numbers = range(4) if tiny else SMALL_DOCUMENTS
     batch = make_batch(model, tiny=tiny, numbers=numbers)
     singles = [make_batch(model, tiny=tiny, numbers=[number]) for number in numbers]

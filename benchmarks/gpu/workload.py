@@ -5,7 +5,10 @@ two line crops, as (patch rows, patch columns, answer tokens). Throughput depend
 figures are comparable only between runs of it.
 """
 
+import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from data_tools.examples.encode import Example
 from data_tools.stream.collate import Batch, collate
 from train.modeling.attention import choose_attention
+from train.modeling.build import build_model
 from train.modeling.flops import Workload, workload
 from train.modeling.names import is_vision
 from train.modeling.packed import PackedModel, layout_of
@@ -36,20 +40,20 @@ PATCH_PX = 14
 FIRST_SPECIAL = 32_000  # ids of the mid-size vocabulary from here on are special
 
 
-def build_model(device: torch.device, *, tiny: bool) -> PackedModel:
+def make_model(device: torch.device, *, tiny: bool) -> PackedModel:
     """Return a packed model with random weights: 0.45 B parameters in bf16, or tiny in float32."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    config = Qwen2_5_VLConfig(**(tiny_config(hidden=64, layers=2) if tiny else _mid_size_config()))
-    torch.manual_seed(0)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation=choose_attention("auto", device.type)
+    config = tiny_config(hidden=64, layers=2) if tiny else _mid_size_config()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        model = build_model(
+            folder,
+            init="scratch",
+            precision="fp32" if device.type == "cpu" else "bf16",
+            attention=choose_attention("auto", device.type),
+            seed=0,
         )
-    model.config.use_cache = False
-    normalizer = PixelNormalizer([0.5, 0.5, 0.5], [0.27, 0.27, 0.27]).to(device)
-    return PackedModel(model, normalizer).train()
+    normalizer = PixelNormalizer([0.5, 0.5, 0.5], [0.27, 0.27, 0.27])
+    return PackedModel(model, normalizer).to(device).train()
 
 
 def set_stage(model: PackedModel, stage: int) -> list[torch.nn.Parameter]:
@@ -99,6 +103,7 @@ def _example(
 def _mid_size_config() -> dict[str, Any]:
     """Return a config with the head sizes of 7B (128 and 80) and about 0.45 B parameters."""
     return {
+        "model_type": "qwen2_5_vl",
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 20,

@@ -5,6 +5,7 @@ inference, the answer by itself: at inference the model continues after a finish
 token may span the border between them.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_tools.examples.tasks import Conversation, Span, Turn
 
 IMAGE_PAD = "<|image_pad|>"
 END_OF_TURN = "<|im_end|>"
+GUARD = "\ufdd0"  # a code point that is no character: marks special tokens that are only text
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,16 @@ class Encoder:
         self.prior = prior
         self.image_pad_id: int = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        special = sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        special.sort(key=len, reverse=True)  # "<|im_start|>user" before "<|im_start|>"
+        self._special = re.compile("|".join(re.escape(text) for text in special))
+        self._guarded = re.compile("|".join(re.escape(_guard(text)) for text in special))
         self._plain_ids = lru_cache(maxsize=4096)(self._tokenize)
         self._plain_render = lru_cache(maxsize=4096)(self._render)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the caches: worker processes start with their own."""
+        return Encoder, (self.tokenizer, self.images, self.prior)
 
     @classmethod
     def from_folder(
@@ -133,8 +143,8 @@ class Encoder:
             conversation: without the answer that is wanted.
             images: prepared pages (`ImageSettings.prepare`).
         """
-        head = self._plain_ids(self._plain_render(conversation, True))
-        return Prompt(self._expand(np.asarray(head, np.int64), images), images)
+        ids, _, _ = self._encode(conversation, is_open=True)
+        return Prompt(self._expand(ids, images), images)
 
     def example(
         self, key: str, conversation: Conversation, images: tuple[np.ndarray, ...]
@@ -147,12 +157,13 @@ class Encoder:
             images: prepared pages (`ImageSettings.prepare`).
         """
         ids, targets, weights = self._encode(conversation)
+        expanded = self._expand(ids, images)
         # Each image pad grows into one pad a visual token, which moves what follows it.
         pads = np.flatnonzero(ids == self.image_pad_id)
         counts = [num_visual_tokens(*image.shape[:2]) for image in images]
         growth = np.cumsum([0, *(count - 1 for count in counts)])
         moved = targets + growth[np.searchsorted(pads, targets)]
-        return Example(key, self._expand(ids, images), images, moved, weights)
+        return Example(key, expanded, images, moved, weights)
 
     def count(self, conversation: Conversation) -> tuple[int, int]:
         """Return (tokens without image pads, label tokens) of a conversation."""
@@ -167,13 +178,19 @@ class Encoder:
         """Return the text of generated ids, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _encode(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids (S,) with one pad an image, target positions (L,) and weights (L,)."""
-        whole = self._render(conversation, False)
+    def _encode(
+        self, conversation: Conversation, is_open: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ids (S,) with one pad an image, target positions (L,) and weights (L,).
+
+        Open, the ids go on to where the assistant is to answer; else they end with the last answer.
+        """
+        whole = self._plain_render(conversation, True) if is_open else self._render(conversation)
+        _check_unicode(whole)
         ids: list[int] = []
-        targets: list[np.ndarray] = []
-        weights: list[np.ndarray] = []
-        done = ""
+        targets = [np.zeros(0, np.int64)]
+        weights = [np.zeros(0, np.float32)]
+        done = 0  # characters of `whole` that are encoded
         for number, turn in enumerate(conversation):
             if turn.role != "assistant":
                 continue
@@ -183,12 +200,14 @@ class Encoder:
                     "the chat template does not write an answer as it stands followed by "
                     f"{END_OF_TURN}; train from a model folder with a Qwen2.5-VL template"
                 )
-            ids += self._plain_ids(head[len(done) :])
+            ids += self._plain_ids(head[done:])
             answer, offsets = self._tokenize_answer(turn.text)
             targets.append(np.arange(len(ids), len(ids) + len(answer) + 1))
             weights += [token_weights(turn.spans, offsets, self.prior), self._end_weight]
             ids += [*answer, self.end_id]
-            done = head + turn.text + END_OF_TURN
+            done = len(head) + len(turn.text) + len(END_OF_TURN)
+        if is_open:
+            ids += self._plain_ids(whole[done:])
         return np.asarray(ids, np.int64), np.concatenate(targets), np.concatenate(weights)
 
     @property
@@ -204,14 +223,37 @@ class Encoder:
         repeats[is_pad] = [num_visual_tokens(*image.shape[:2]) for image in images]
         return np.repeat(ids, repeats)
 
-    def _render(self, conversation: Conversation, is_open: bool) -> str:
-        messages = [turn.message for turn in conversation]
+    def _render(self, conversation: Conversation, is_open: bool = False) -> str:
+        """Write a conversation by the chat template, special tokens in questions guarded."""
+        messages = [self._guard_message(turn) for turn in conversation]
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_open
         )
 
+    def _guard_message(self, turn: Turn) -> dict:
+        message = turn.message
+        if turn.role == "assistant":
+            return message  # answers are tokenised by themselves
+
+        def guard(text: str) -> str:
+            return self._special.sub(lambda match: _guard(match.group()), text)
+
+        if isinstance(message["content"], str):
+            return message | {"content": guard(message["content"])}
+        parts = [p | {"text": guard(p["text"])} if "text" in p else p for p in message["content"]]
+        return message | {"content": parts}
+
     def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Tokenise template text: special tokens count, except where they are guarded."""
+        ids: list[int] = []
+        place = 0
+        for match in self._guarded.finditer(text):
+            ids += self.tokenizer(text[place : match.start()], add_special_tokens=False)[
+                "input_ids"
+            ]
+            ids += self._tokenize_answer(match.group().replace(GUARD, ""))[0]
+            place = match.end()
+        return ids + self.tokenizer(text[place:], add_special_tokens=False)["input_ids"]
 
     def _tokenize_answer(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         # A document may show "<|im_end|>" in print: in an answer that is text, not a token.
@@ -222,3 +264,16 @@ class Encoder:
             split_special_tokens=True,
         )
         return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _guard(special: str) -> str:
+    return special[0] + GUARD + special[1:]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds half a surrogate pair ({error}); no UTF-8 has it"
+        ) from error

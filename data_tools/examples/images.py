@@ -8,10 +8,13 @@ transparency composited on white.
 
 import io
 import math
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from data_tools.errors import DataError
 from data_tools.sample import Box
@@ -20,6 +23,7 @@ PATCH_PX = 14
 FACTOR_PX = 28  # patch 14 * spatial merge 2
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_ASPECT = 200
+ORIENTATION = 0x0112  # EXIF tag
 
 
 def decode(data: bytes, name: str = "image") -> np.ndarray:
@@ -28,24 +32,9 @@ def decode(data: bytes, name: str = "image") -> np.ndarray:
     Raises:
         DataError: if the bytes are no image, are cut off, or the image is absurdly large.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                _check_size(name, *image.size)
-                plain = _decode_jpeg(data, image)
-                return plain if plain is not None else np.asarray(_to_rgb(image))
-        except DataError:
-            raise
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
-            raise DataError(f"{name}: cannot be decoded ({error})") from error
+    with _open_image(data, name, "cannot be decoded") as image:
+        plain = _decode_jpeg(data, image)
+        return plain if plain is not None else np.asarray(_to_rgb(image))
 
 
 def oriented_size(data: bytes, name: str = "image") -> tuple[int, int]:
@@ -54,14 +43,10 @@ def oriented_size(data: bytes, name: str = "image") -> tuple[int, int]:
     Raises:
         DataError: if there is no image header or the size is absurd.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            swapped = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: no readable image header ({error})") from error
-    _check_size(name, width, height)
-    return (height, width) if swapped else (width, height)
+    with _open_image(data, name, "no readable image header") as image:
+        width, height = image.size
+        is_turned = _is_turned(data, image)
+    return (height, width) if is_turned else (width, height)
 
 
 def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -71,8 +56,10 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
     rounding included.
 
     Raises:
-        DataError: if the aspect ratio exceeds 200.
+        DataError: if a side is not positive or the aspect ratio exceeds 200.
     """
+    if min(height, width) < 1:
+        raise DataError(f"an image of {width} x {height} px has no pixels")
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise DataError(f"aspect ratio of {width} x {height} px exceeds {MAX_ASPECT}")
     new_height = round(height / FACTOR_PX) * FACTOR_PX
@@ -116,6 +103,46 @@ def scale_box(box: Box, from_wh: tuple[int, int], to_wh: tuple[int, int]) -> Box
     return x1, y1, x2, y2
 
 
+@contextmanager
+def _open_image(data: bytes, name: str, complaint: str) -> Iterator[Image.Image]:
+    """Open an image of allowed size; whatever its bytes make Pillow raise becomes a DataError."""
+    with warnings.catch_warnings():
+        # The limit is ours, the same for header and pixels.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                _check_size(name, *image.size)
+                yield image
+        except DataError:
+            raise
+        except MemoryError:
+            raise  # says something of this machine, not of the bytes
+        except Exception as error:  # decoders raise nearly anything on damaged bytes
+            raise DataError(f"{name}: {complaint} ({error or type(error).__name__})") from error
+
+
+def _is_turned(data: bytes, image: Image.Image) -> bool:
+    """Return whether orientation swaps width and height, without decoding pixels."""
+    if image.format == "TIFF":
+        return False  # Pillow states the oriented size already
+    if image.format == "PNG" and not _has_late_metadata(data):
+        # PngImageFile.getexif decodes all pixels in search of what could stand behind them.
+        return Image.Image.getexif(image).get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _has_late_metadata(png: bytes) -> bool:
+    """Return whether a chunk behind the pixels of a PNG may hold its orientation."""
+    place, is_behind_pixels = 8, False
+    while place + 8 <= len(png):
+        size, kind = struct.unpack_from(">I4s", png, place)
+        is_behind_pixels = is_behind_pixels or kind == b"IDAT"
+        if is_behind_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        place += 12 + size
+    return False
+
+
 def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     """Decode a plain JPEG with simplejpeg (bit-equal to Pillow, faster); None for anything else."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
@@ -123,10 +150,10 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     import simplejpeg
 
     pixels = simplejpeg.decode_jpeg(data, "RGB")
-    if image.getexif().get(0x0112, 1) == 1:
+    if image.getexif().get(ORIENTATION, 1) == 1:
         return pixels
     oriented = Image.fromarray(pixels)
-    oriented.getexif()[0x0112] = image.getexif()[0x0112]
+    oriented.getexif()[ORIENTATION] = image.getexif()[ORIENTATION]
     return np.asarray(ImageOps.exif_transpose(oriented))
 
 

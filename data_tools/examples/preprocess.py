@@ -5,7 +5,7 @@ pages with boxes; `line_strip` changes it and is for crops of one text line.
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -26,8 +26,8 @@ class Transform(BaseModel, ABC):
     """A named image transform; its fields are its settings, as they stand in YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    keeps_size: ClassVar[bool] = True
     name: str
-    keeps_size: bool = Field(default=True, exclude=True)
 
     @abstractmethod
     def __call__(self, image: np.ndarray) -> np.ndarray:
@@ -42,8 +42,8 @@ class LineStrip(Transform):
     The width never depends on the text.
     """
 
+    keeps_size: ClassVar[bool] = False
     name: Literal["line_strip"] = "line_strip"
-    keeps_size: bool = Field(default=False, exclude=True)
     height: int = Field(default=28, multiple_of=FACTOR_PX)
     stretch: float = Field(default=2.0, gt=0)
     deskew: bool = True

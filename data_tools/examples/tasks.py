@@ -7,7 +7,7 @@ every rank, worker and resumed run asks the same question.
 import json
 from dataclasses import dataclass, field
 
-from data_tools.errors import DataError
+from data_tools.errors import ConfigError, DataError
 from data_tools.examples.images import scale_box
 from data_tools.sample import Annotation, Sample
 from data_tools.stream.hashing import hash_key, unit_interval
@@ -28,11 +28,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation: `num_images` images, then text."""
+    """One turn of a conversation: `num_images` images, then text.
+
+    Attributes:
+        role: who speaks: user, assistant or system.
+        spans: the text.
+        num_images: images in this turn.
+        parts: texts and images (None) in their order, where images do not simply come first.
+    """
 
     role: str
     spans: tuple[Span, ...]
     num_images: int = 0
+    parts: tuple[str | None, ...] = ()
 
     @property
     def text(self) -> str:
@@ -42,11 +50,15 @@ class Turn:
     @property
     def message(self) -> dict:
         """The turn in the form that chat templates take."""
-        content: list[dict] = [{"type": "image"}] * self.num_images
-        if self.text or not content:
-            content.append({"type": "text", "text": self.text})
-        is_plain = self.num_images == 0
-        return {"role": self.role, "content": self.text if is_plain else content}
+        if not self.num_images:
+            return {"role": self.role, "content": self.text}
+        parts = self.parts or (*(None,) * self.num_images, self.text)
+        content = [
+            {"type": "image"} if part is None else {"type": "text", "text": part}
+            for part in parts
+            if part != ""
+        ]
+        return {"role": self.role, "content": content}
 
 
 Conversation = tuple[Turn, ...]
@@ -66,6 +78,14 @@ class Recipe:
     weights: tuple[float, ...] = field(default=(1.0,))
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        is_complete = len(self.weights) == len(self.templates) > 0
+        if not is_complete or min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ConfigError(
+                f"{len(self.templates)} templates with the weights {self.weights}; expected one "
+                "weight of at least 0 for each template, and a positive sum"
+            )
+
     def choose(self, key: str, epoch: int) -> int:
         """Return the index of the template for a sample in an epoch."""
         if len(self.templates) == 1:
@@ -79,7 +99,11 @@ class Recipe:
 
 
 def ask(
-    sample: Sample, template: Template, resized_wh: list[tuple[int, int]] | None = None
+    sample: Sample,
+    template: Template,
+    resized_wh: list[tuple[int, int]] | None = None,
+    *,
+    coordinate_digits: int = COORDINATE_DIGITS,
 ) -> Conversation:
     """Return the conversation that a template makes of a sample.
 
@@ -87,23 +111,27 @@ def ask(
         sample: its `messages` win over any template.
         template: the question.
         resized_wh: (width, height) px of each page as the model sees it; answers with boxes carry
-            absolute pixels of the resized page (Qwen2.5-VL's `bbox_2d`). None counts lengths:
-            each coordinate then takes four digits.
+            absolute pixels of the resized page (Qwen2.5-VL's `bbox_2d`). None counts lengths.
+        coordinate_digits: what each coordinate takes when lengths are counted.
 
     Raises:
         DataError: if the sample lacks what the template asks for.
     """
     if sample.messages is not None:
         return _from_messages(sample)
-    answer = {"text": _text_spans, "lines": _line_spans, "fields": _field_spans}[template.task]
-    spans = answer(sample, template, resized_wh)
+    if template.task == "lines":
+        spans = _line_spans(sample, resized_wh, coordinate_digits)
+    elif template.task == "fields":
+        spans = _field_spans(sample, template)
+    else:
+        spans = _text_spans(sample)
     if not spans:
         raise DataError(f'sample "{sample.key}": nothing to answer "{template.name}" with')
     question = Turn("user", (Span(template.prompt),), num_images=len(sample.images))
     return question, Turn("assistant", tuple(spans))
 
 
-def _text_spans(sample: Sample, template: Template, resized_wh: object) -> list[Span]:
+def _text_spans(sample: Sample) -> list[Span]:
     if sample.text is not None:
         return [Span(sample.text)]
     spans: list[Span] = []
@@ -118,13 +146,17 @@ def _text_spans(sample: Sample, template: Template, resized_wh: object) -> list[
 
 
 def _line_spans(
-    sample: Sample, template: Template, resized_wh: list[tuple[int, int]] | None
+    sample: Sample, resized_wh: list[tuple[int, int]] | None, coordinate_digits: int
 ) -> list[Span]:
     spans: list[Span] = []
     for annotation in sample.annotations:
         if annotation.bbox is None:
             continue
-        box = _answer_box(sample, annotation, resized_wh)
+        if resized_wh is None:
+            box = [10**coordinate_digits - 1] * 4
+        else:
+            page, size = sample.images[annotation.image], resized_wh[annotation.image]
+            box = list(scale_box(annotation.bbox, (page.width, page.height), size))
         opening = "[\n" if not spans else ",\n"
         spans.append(Span(f'{opening}{{"bbox_2d": {box}, "text": "', is_markup=True))
         escaped = json.dumps(annotation.text, ensure_ascii=False)[1:-1]
@@ -133,35 +165,67 @@ def _line_spans(
     return [*spans, Span("\n]", is_markup=True)] if spans else []
 
 
-def _answer_box(
-    sample: Sample, annotation: Annotation, resized_wh: list[tuple[int, int]] | None
-) -> list[int]:
-    assert annotation.bbox is not None
-    if resized_wh is None:
-        return [10**COORDINATE_DIGITS - 1] * 4
-    page = sample.images[annotation.image]
-    return list(scale_box(annotation.bbox, (page.width, page.height), resized_wh[annotation.image]))
-
-
-def _field_spans(sample: Sample, template: Template, resized_wh: object) -> list[Span]:
+def _field_spans(sample: Sample, template: Template) -> list[Span]:
+    """Return `template.answer(sample.fields)` in pieces; what is no value is markup."""
     if not sample.fields:
         return []
-    return [Span(template.answer(sample.fields), category="field")]
+    spans: list[Span] = []
+    if template.answer_form == "json":
+        for number, asked in enumerate(template.fields):
+            opening = ", " if number else "{"
+            name = json.dumps(asked.name, ensure_ascii=False)
+            spans.append(Span(f"{opening}{name}: ", is_markup=True))
+            spans += _json_value_spans(sample.fields.get(asked.key), asked.key)
+        return [*spans, Span("}", is_markup=True)]
+    lines = template.answer(sample.fields).split("\n")
+    for number, (asked, line) in enumerate(zip(template.fields, lines, strict=True), start=1):
+        opening = f"{number}. {asked.name}:"
+        spans.append(Span(opening if number == 1 else f"\n{opening}", is_markup=True))
+        spans.append(Span(line[len(opening) :], asked.key))
+    return spans
+
+
+def _json_value_spans(value: str | list[str] | None, category: str) -> list[Span]:
+    if value is None:
+        return [Span("null", is_markup=True)]
+    if isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False)
+        return [Span('"', is_markup=True), Span(text[1:-1], category), Span('"', is_markup=True)]
+    spans = [Span("[", is_markup=True)]
+    for number, item in enumerate(value):
+        if number:
+            spans.append(Span(", ", is_markup=True))
+        spans += _json_value_spans(item, category)
+    return [*spans, Span("]", is_markup=True)]
 
 
 def _from_messages(sample: Sample) -> Conversation:
-    turns = []
-    for message in sample.messages or ():
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        num_images = sum(part["type"] == "image" for part in parts)
-        text = "".join(part.get("text", "") for part in parts)
-        turns.append(Turn(message["role"], (Span(text),), num_images))
-    if sum(turn.num_images for turn in turns) != len(sample.images):
+    try:
+        turns = [_turn(message) for message in sample.messages or ()]
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f'sample "{sample.key}": the messages show {sum(t.num_images for t in turns)} images, '
+            f'sample "{sample.key}": malformed messages ({error!r}); expected a list of '
+            '{"role", "content"}, a content being a text or a list of {"type": "image"} and '
+            '{"type": "text", "text"}'
+        ) from error
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.text]
+    if not answers:
+        raise DataError(f'sample "{sample.key}": the messages hold no answer of the assistant')
+    turns = turns[: answers[-1] + 1]  # nothing can be learned from what follows
+    if (num_images := sum(turn.num_images for turn in turns)) != len(sample.images):
+        raise DataError(
+            f'sample "{sample.key}": the messages show {num_images} images up to the last answer, '
             f"the sample holds {len(sample.images)}"
         )
-    if not any(turn.role == "assistant" and turn.text for turn in turns):
-        raise DataError(f'sample "{sample.key}": the messages hold no answer of the assistant')
     return tuple(turns)
+
+
+def _turn(message: dict) -> Turn:
+    """Return the turn of a message; KeyError or TypeError if it is malformed."""
+    content = message["content"]
+    if isinstance(content, str):
+        return Turn(str(message["role"]), (Span(content),))
+    texts = [part["text"] for part in content if part["type"] != "image"]
+    text = "".join(texts)  # TypeError where one is no text
+    parts = tuple(None if part["type"] == "image" else part["text"] for part in content)
+    return Turn(str(message["role"]), (Span(text),), parts.count(None), parts)

@@ -17,6 +17,7 @@ from data_tools.examples.encode import Encoder, Example
 from data_tools.examples.images import decode
 from data_tools.examples.tasks import ask
 from data_tools.stream.collate import Batch, ModelLayout, collate
+from data_tools.stream.index import ShardChangedError
 from data_tools.stream.planner import DataState, Pack, PlannedSample, Planner, Step
 from data_tools.stream.source import Source
 
@@ -46,11 +47,18 @@ class ExampleMaker:
     seed: int = 0
 
     def batch(self, pack: Pack | None) -> Batch:
-        """Collate a pack; samples whose bytes cannot be used become holes, nothing moves up."""
+        """Collate a pack; samples whose bytes cannot be used become holes, nothing moves up.
+
+        Raises:
+            ShardChangedError: if a shard is no longer the one that was indexed; no hole, since
+                the plan itself is then worth nothing.
+        """
         examples, holes = [], []
         for planned in pack or ():
             try:
                 examples.append(self.example(planned))
+            except ShardChangedError:
+                raise
             except DataError as error:
                 key = self.sources[planned.source].key(planned.sample_id)
                 holes.append({"key": key, "source": planned.source, "reason": str(error)})
@@ -139,6 +147,7 @@ class Executor:
             _PackDataset(self.maker),
             sampler=self._packs(),
             batch_size=None,
+            generator=torch.Generator(),  # its own: the global one is part of the checkpoint
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch if self.num_workers else None,
             multiprocessing_context="spawn" if self.num_workers else None,

@@ -9,7 +9,9 @@ given tokenizer and task is not in here but in `data_tools.stream.lengths`.
 import hashlib
 import json
 import os
+import re
 import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +19,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from data_tools.errors import DataError
@@ -25,6 +27,13 @@ from data_tools.sample import IMAGE_EXTENSIONS, Sample
 
 INDEX_VERSION = "1"
 FINGERPRINT_BYTES = 65536
+BLOCK_BYTES = 512  # of a tar: headers and padding
+# WebDataset's own rule: the key goes up to the first dot behind the last slash.
+MEMBER_NAME = re.compile(r"(?:\./)*((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
+
+
+class ShardChangedError(DataError):
+    """A shard is no longer what its index describes: replaced or cut off."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class ShardIndex:
         image_start, image_size: (m,) uint32, an encoded image inside its sample's range.
         image_wh: (m, 2) uint32, oriented width and height in pixels.
         keys: the samples' names.
+        identity: digest of the tar's size and both of its ends.
     """
 
     path: str
@@ -54,6 +64,7 @@ class ShardIndex:
     image_size: np.ndarray
     image_wh: np.ndarray
     keys: tuple[str, ...]
+    identity: str
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -76,15 +87,18 @@ class ShardIndex:
         """Read one sample: one range read of the tar.
 
         Raises:
-            DataError: if the tar is shorter than its index says, or the sample is malformed.
+            ShardChangedError: if the tar does not hold this sample where its index says.
+            DataError: if the sample is malformed.
         """
         offset, size = int(self.offset[row]), int(self.size[row])
         self._file.seek(offset)
         data = self._file.read(size)
-        if len(data) != size or data[257:262] != b"ustar":
-            raise DataError(
+        header = data[max(0, int(self.json_start[row]) - BLOCK_BYTES) :][:BLOCK_BYTES]
+        if len(data) != size or not _is_header_of(header, self.keys[row]):
+            raise ShardChangedError(
                 f'{self.path}, sample "{self.keys[row]}": the shard does not hold what its index '
-                "says; it was replaced or cut off. Delete the .index file to index it again"
+                "says; it was replaced or cut off. Delete the .index and .lengths files beside it "
+                "to index it again"
             )
         return self.parse(row, data)
 
@@ -100,43 +114,55 @@ def index_shard(shard: str) -> ShardIndex:
     Raises:
         DataError: if the tar is damaged, a sample's members are not adjacent, or one has no JSON.
     """
-    index = _scan(shard)
+    identity = _identity(shard)
+    index = _scan(shard, identity["sha256_of_ends"])
     columns = {name: getattr(index, name) for name in _COLUMNS}
     blob = "\n".join(index.keys).encode("utf-8")
     columns["keys"] = np.frombuffer(blob, np.uint8)
-    metadata = {"version": INDEX_VERSION} | _identity(shard)
-    target = index_path(shard)
-    temporary = f"{target}.tmp"
-    filesystem, path = fsspec.core.url_to_fs(temporary)
-    with filesystem.open(path, "wb") as file:
-        file.write(save(columns, metadata))
-    filesystem.mv(path, fsspec.core.url_to_fs(target)[1])
+    write_atomically(index_path(shard), save(columns, {"version": INDEX_VERSION} | identity))
     return index
+
+
+def write_atomically(url: str, data: bytes) -> None:
+    """Write a file in one piece; several processes may do so at a time, the last one wins."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
+    with filesystem.open(temporary, "wb") as file:
+        file.write(data)
+    filesystem.mv(temporary, path)
 
 
 def open_index(shard: str) -> ShardIndex:
     """Open the index of a shard; make it if there is none.
 
     Raises:
-        DataError: if the index belongs to another version of the shard.
+        ShardChangedError: if the index belongs to another version of the shard.
+        DataError: if the index is damaged.
     """
-    filesystem, path = fsspec.core.url_to_fs(index_path(shard))
+    url = index_path(shard)
+    filesystem, path = fsspec.core.url_to_fs(url)
     if not filesystem.exists(path):
         return index_shard(shard)
-    local = path if "file" in _protocols(filesystem) else fsspec.open_local(f"simplecache::{path}")
-    with safe_open(local, framework="np") as file:
-        metadata = file.metadata()
-        columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    identity = _identity(shard)
-    if metadata.get("version") != INDEX_VERSION or any(
-        metadata[name] != value for name, value in identity.items()
-    ):
-        raise DataError(
-            f"{index_path(shard)} describes another version of this shard "
-            f"({metadata.get('tar_bytes')} bytes, now {identity['tar_bytes']}); delete it"
+    local = path if "file" in _protocols(filesystem) else fsspec.open_local(f"simplecache::{url}")
+    try:
+        with safe_open(local, framework="np") as file:
+            metadata = file.metadata() or {}
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DataError(f"{url}: no readable index ({error}); delete it") from error
+    expected = {"version": INDEX_VERSION} | _identity(shard)
+    if any(metadata.get(name) != value for name, value in expected.items()):
+        raise ShardChangedError(
+            f"{url} describes another version of this shard ({metadata.get('tar_bytes')} bytes, "
+            f"now {expected['tar_bytes']}); delete it and the .lengths files beside it"
         )
-    keys = bytes(columns.pop("keys")).decode("utf-8")
-    return ShardIndex(path=shard, keys=tuple(keys.split("\n")) if keys else (), **columns)
+    blob = bytes(columns.pop("keys")).decode("utf-8")
+    return ShardIndex(
+        path=shard,
+        keys=tuple(blob.split("\n")) if blob else (),
+        identity=metadata["sha256_of_ends"],
+        **columns,
+    )
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -179,27 +205,26 @@ _COLUMNS = (
 )
 
 
-def _scan(shard: str) -> ShardIndex:
+def _scan(shard: str, identity: str) -> ShardIndex:
     rows: list[tuple[int, int, int, int, int]] = []
     images: list[tuple[int, int, int, int]] = []
     first_image, keys = [0], []
     with fsspec.open(shard, "rb") as file:
         for key, members in _groups(shard, file):
             begin = members[0].offset
-            record_member = next((m for m in members if m.name.endswith(".json")), None)
-            if record_member is None:
-                raise DataError(f'{shard}, sample "{key}": no {key}.json; expected one a sample')
+            record_member, pages = _json_and_pages(shard, key, members)
             file.seek(record_member.offset_data)
-            record = _load_json(key, file.read(record_member.size))
-            pages = [m for m in members if m.name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
-            sample = Sample.from_json(key, record)
+            try:
+                sample = Sample.from_json(key, _load_json(key, file.read(record_member.size)))
+            except DataError as error:
+                raise DataError(f"{shard}: {error}") from error
             if len(pages) != len(sample.images):
                 raise DataError(
                     f'{shard}, sample "{key}": {len(pages)} image files, '
                     f"{len(sample.images)} in {key}.json"
                 )
-            for page, image in zip(pages, sample.images, strict=True):
-                images.append((page.offset_data - begin, page.size, image.width, image.height))
+            for member, page in zip(pages, sample.images, strict=True):
+                images.append((member.offset_data - begin, member.size, page.width, page.height))
             end = max(member.offset_data + member.size for member in members)
             start = record_member.offset_data - begin
             rows.append((begin, end - begin, start, record_member.size, _num_chars(sample)))
@@ -219,33 +244,83 @@ def _scan(shard: str) -> ShardIndex:
         image_size=np.ascontiguousarray(image[:, 1]),
         image_wh=np.ascontiguousarray(image[:, 2:]),
         keys=tuple(keys),
+        identity=identity,
     )
 
 
+def _json_and_pages(
+    shard: str, key: str, members: list[tarfile.TarInfo]
+) -> tuple[tarfile.TarInfo, list[tarfile.TarInfo]]:
+    """Return `KEY.json` and the images in the order of their numbers, however the tar has them."""
+    records: list[tarfile.TarInfo] = []
+    pages: list[tuple[int, int, tarfile.TarInfo]] = []
+    for member in members:
+        extension = _split_name(member.name)[1]
+        *number, kind = extension.split(".")
+        if extension == "json":
+            records.append(member)
+        elif kind in IMAGE_EXTENSIONS:
+            place = int(number[-1]) if number and number[-1].isdecimal() else -1
+            pages.append((place, len(pages), member))
+    if len(records) != 1:
+        how_many = "two" if records else "no"
+        raise DataError(f'{shard}, sample "{key}": {how_many} {key}.json; expected one a sample')
+    return records[0], [member for _, _, member in sorted(pages, key=lambda page: page[:2])]
+
+
 def _groups(shard: str, file: Any) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """Yield (key, members) of a WebDataset tar; the key is the name up to its first dot."""
-    key, members, seen = "", [], set()
+    """Yield (key, members) of a WebDataset tar; members that WebDataset skips are skipped."""
+    key = ""
+    members: list[tarfile.TarInfo] = []
+    seen: set[str] = set()
     try:
-        for member in tarfile.open(fileobj=file, mode="r:"):
-            if not member.isfile():
-                continue
-            name = member.name.split(".", 1)[0]
-            if members and name != key:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = _split_name(member.name)[0] if member.isfile() else ""
+                if not name:
+                    continue
+                if members and name != key:
+                    yield key, members
+                    members = []
+                if not members:
+                    _check_key(shard, name, seen)
+                    seen.add(name)
+                key = name
+                members.append(member)
+            if members:
                 yield key, members
-                members = []
-            if not members:
-                if name in seen:
-                    raise DataError(
-                        f'{shard}: the members of sample "{name}" are not adjacent, or two '
-                        "samples share the key; write the shard in WebDataset order"
-                    )
-                seen.add(name)
-            key = name
-            members.append(member)
+            file.seek(tar.offset)
+            if file.read(BLOCK_BYTES) != bytes(BLOCK_BYTES):
+                # tarfile takes a damaged header behind the first one for the end.
+                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
     except tarfile.TarError as error:
         raise DataError(f"{shard}: no readable tar file ({error}); build it again") from error
-    if members:
-        yield key, members
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Return (key, extension in lower case) of a member's name; ("", "") if it is of no sample."""
+    match = MEMBER_NAME.fullmatch(name)
+    return (match.group(1), match.group(2).lower()) if match else ("", "")
+
+
+def _check_key(shard: str, key: str, seen: set[str]) -> None:
+    if key in seen:
+        raise DataError(
+            f'{shard}: the members of sample "{key}" are not adjacent, or two samples share the '
+            "key; write the shard in WebDataset order"
+        )
+    if "\n" in key or not key.isprintable():
+        raise DataError(f"{shard}: the key {key!r} holds a character that no key may have")
+
+
+def _is_header_of(header: bytes, key: str) -> bool:
+    """Return whether a tar header can be that of `KEY.json`."""
+    name = f"{key}.json".encode()
+    if header[257:262] != b"ustar":
+        return False
+    if not key.isascii() or len(name) > 100 - len("./"):
+        return True  # stands in an extended header, which is written in several ways
+    return header[:100].rstrip(b"\0").lower().removeprefix(b"./") == name.lower()
 
 
 def _num_chars(sample: Sample) -> int:
@@ -256,9 +331,12 @@ def _num_chars(sample: Sample) -> int:
 
 def _load_json(key: str, data: bytes) -> dict[str, Any]:
     try:
-        return json.loads(data)
-    except ValueError as error:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DataError(f'sample "{key}": {key}.json is no valid JSON ({error})') from error
+    if not isinstance(record, dict):
+        raise DataError(f'sample "{key}": {key}.json holds no JSON object')
+    return record
 
 
 def _identity(shard: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ reason, and are left out of the order.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from tqdm import tqdm
 from data_tools.errors import DataError
 from data_tools.examples.encode import Encoder
 from data_tools.examples.images import decode, num_visual_tokens
-from data_tools.examples.tasks import Recipe, ask
+from data_tools.examples.tasks import COORDINATE_DIGITS, Recipe, ask
 from data_tools.sample import Sample
-from data_tools.stream.index import ShardIndex, open_index
+from data_tools.stream.index import ShardChangedError, ShardIndex, open_index, write_atomically
 
-LENGTHS_VERSION = 1
+LENGTHS_VERSION = 2
 CHUNK = 500  # samples of one unit of parallel work
 
 
@@ -98,10 +97,17 @@ def make_lengths(
     bar.close()
 
 
-def read_lengths(shard: str, mark: str) -> Lengths:
-    """Read the stored lengths of a shard for a fingerprint."""
-    with fsspec.open(_cache_path(shard, mark), "rb") as file:
+def read_lengths(index: ShardIndex, mark: str) -> Lengths:
+    """Read the stored lengths of a shard for a fingerprint.
+
+    Raises:
+        ShardChangedError: if they were measured on another version of the shard.
+    """
+    path = _cache_path(index.path, mark)
+    with fsspec.open(path, "rb") as file:
         columns = load(file.read())
+    if bytes(columns["shard"]).decode() != index.identity:
+        raise ShardChangedError(f"{path} was measured on another version of this shard; delete it")
     reasons = json.loads(bytes(columns["reasons"]))
     return Lengths(
         text=columns["text"],
@@ -128,6 +134,7 @@ def _collect(
 ) -> None:
     """Put the measured chunks together and store a shard as soon as its last one is there."""
     ends = {index.path: len(index) for index in indexes}
+    identities = {index.path: index.identity for index in indexes}
     parts: list[np.ndarray] = []
     reasons: dict[int, str] = {}
     for (shard, _, stop), (table, why) in zip(jobs, results, strict=True):
@@ -135,23 +142,21 @@ def _collect(
         reasons |= why
         bar.update(table.shape[1])
         if stop == ends[shard]:
-            _store(_cache_path(shard, mark), np.concatenate(parts, axis=1), reasons)
+            table = np.concatenate(parts, axis=1)
+            _store(_cache_path(shard, mark), identities[shard], table, reasons)
             parts, reasons = [], {}
 
 
-def _store(path: str, table: np.ndarray, reasons: dict[int, str]) -> None:
+def _store(path: str, identity: str, table: np.ndarray, reasons: dict[int, str]) -> None:
     templates = (len(table) - 1) // 2
     columns = {
         "text": np.ascontiguousarray(table[:templates]),
         "targets": np.ascontiguousarray(table[templates : 2 * templates]),
         "visual": np.ascontiguousarray(table[-1]),
         "reasons": np.frombuffer(json.dumps(reasons).encode(), np.uint8),
+        "shard": np.frombuffer(identity.encode(), np.uint8),
     }
-    filesystem, target = fsspec.core.url_to_fs(path)
-    temporary = f"{target}.tmp-{os.getpid()}"
-    with filesystem.open(temporary, "wb") as file:
-        file.write(save(columns))
-    filesystem.mv(temporary, target)
+    write_atomically(path, save(columns))
 
 
 _worker: dict[str, Any] = {}
@@ -175,22 +180,31 @@ def _measure_chunk(shard: str, start: int, stop: int) -> tuple[np.ndarray, dict[
     for row in range(start, stop):
         try:
             sample = index.read(row)
+            sample.validate()
             table[:, row - start] = _measure(sample, encoder, recipe)
+        except ShardChangedError:
+            raise
         except DataError as error:
             reasons[row] = str(error)
     return table, reasons
 
 
 def _measure(sample: Sample, encoder: Encoder, recipe: Recipe) -> list[int]:
-    counts = [encoder.count(ask(sample, template)) for template in recipe.templates]
-    visual = 0
+    sizes = []
     for number, page in enumerate(sample.images):
         if encoder.images.keeps_size:
-            size = encoder.images.resized_size(page.height, page.width)
+            sizes.append(encoder.images.resized_size(page.height, page.width))
         else:
             image = decode(sample.image_bytes[number], f'sample "{sample.key}"')
-            size = encoder.images.prepare(image).shape[:2]
-        visual += num_visual_tokens(*size)
+            height, width, _ = encoder.images.prepare(image).shape
+            sizes.append((height, width))
+    visual = sum(num_visual_tokens(*size) for size in sizes)
+    # No coordinate of an answer has more digits than the longest side.
+    digits = max([COORDINATE_DIGITS, *(len(str(max(size))) for size in sizes)])
+    counts = [
+        encoder.count(ask(sample, template, coordinate_digits=digits))
+        for template in recipe.templates
+    ]
     return [*(text for text, _ in counts), *(targets for _, targets in counts), visual]
 
 

@@ -155,6 +155,12 @@ class Planner:
     _used: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        counts = {len(self.sources), len(self.state.cursors), len(self.state.used)}
+        if len(counts) > 1 or any(k >= len(self.sources) for k, _ in self.state.window):
+            raise DataError(
+                f"the data state is of {len(self.state.cursors)} sources, the run has "
+                f"{len(self.sources)}; go on with the data of the interrupted run"
+            )
         self._cursors = list(self.state.cursors)
         self._used = list(self.state.used)
         self._window = [self.sources[k].draw(k, c) for k, c in self.state.window]
@@ -162,7 +168,7 @@ class Planner:
 
     def next_step(self) -> Step | None:
         """Return the next step, or None when every source is exhausted."""
-        packs = []
+        packs: list[Pack] = []
         while len(packs) < self.packs_per_step and (pack := self._next_pack()) is not None:
             packs.append(pack)
         if not packs:

@@ -127,7 +127,7 @@ def open_source(
         DataError: if nothing usable remains.
     """
     indexes = [open_index(shard) for shard in shards]
-    lengths = [read_lengths(shard, mark) for shard in shards]
+    lengths = [read_lengths(index, mark) for index in indexes]
     visual = np.concatenate([part.visual for part in lengths]).astype(np.int64)
     text = np.concatenate([part.text for part in lengths], axis=1).astype(np.int64)
     chars = np.concatenate([index.num_chars for index in indexes]).astype(np.int64)

@@ -57,7 +57,7 @@ def test_kernel_that_lets_documents_see_each_other_fails(monkeypatch):
 
 
 def test_loss_that_leaks_between_documents_fails():
-    model = workload.build_model(CPU, tiny=True)
+    model = workload.make_model(CPU, tiny=True)
     whole = workload.make_batch(model, tiny=True)
     singles = [workload.make_batch(model, tiny=True, numbers=[n]) for n in range(4)]
     assert step._check_loss(model, whole, singles, CPU).status == "passed"
@@ -107,7 +107,7 @@ def test_failed_step_ends_the_check_with_the_code_of_a_defect(monkeypatch, tmp_p
 
 
 def test_stage_1_trains_the_vision_encoder_only():
-    model = workload.build_model(CPU, tiny=True)
+    model = workload.make_model(CPU, tiny=True)
     trained = sum(p.numel() for p in workload.set_stage(model, 1))
     assert trained == sum(p.numel() for p in model.model.model.visual.parameters())
     assert sum(p.numel() for p in workload.set_stage(model, 2)) == sum(

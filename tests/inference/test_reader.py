@@ -14,7 +14,7 @@ from data_tools.sample import Annotation, PageImage, Sample
 from data_tools.shards import LineOptions, cut_lines
 from inference.reader import Reader, read_settings
 from tests.inference.oracle import know_answers, page, png
-from train.modeling.attention import register
+from train.modeling.attention import VARLEN_NAME, register
 
 NOISE = np.random.default_rng(0)
 
@@ -95,12 +95,12 @@ def test_gpu_path_of_the_vision_encoder_gives_the_same_text(page_folder, monkeyp
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     images = [noise(140, 200)]
-    plain = Reader.load(page_folder, device="cpu").read_images(images, max_new_tokens=8)
+    reader = Reader.load(page_folder, device="cpu")
+    plain = reader.read_images(images, max_new_tokens=8)
     assert not calls
-    choice = {"text_config": "sdpa", "vision_config": "lectern_flash_varlen"}
     register()
-    monkeypatch.setattr("inference.reader._attention", lambda *arguments: choice)
-    assert Reader.load(page_folder, device="cpu").read_images(images, max_new_tokens=8) == plain
+    reader.model.model.visual.config._attn_implementation_internal = VARLEN_NAME
+    assert reader.read_images(images, max_new_tokens=8) == plain
     assert calls == [(-1, -1)] * 2  # one call for each of the two layers
 
 

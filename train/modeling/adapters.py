@@ -10,7 +10,7 @@ from train.modeling.names import is_merger, is_vision
 
 
 def add_adapter(
-    model: Any, *, rank: int, alpha: float, dropout: float, targets: list[str], stage: int
+    model: Any, *, rank: int, alpha: int, dropout: float, targets: list[str], stage: int
 ) -> Any:
     """Put a LoRA adapter on every targeted linear layer of the parts that the stage trains.
 

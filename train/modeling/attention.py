@@ -84,10 +84,15 @@ def document_attention(
     borders = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     outputs = []
     for start, end in zip(borders, borders[1:], strict=False):
-        document = (t[:, :, start:end] for t in (query, key, value))
         outputs.append(
             F.scaled_dot_product_attention(
-                *document, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                dropout_p=dropout,
+                is_causal=True,
+                scale=scaling,
+                enable_gqa=True,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
@@ -117,9 +122,10 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     causal = module.is_causal if is_causal is None else is_causal
-    rows = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # (T, heads, head_dim)
-    output = varlen_attn(
-        *rows,
+    output: Any = varlen_attn(
+        _rows(query),
+        _rows(key),
+        _rows(value),
         cu_seq_lens_q,
         cu_seq_lens_k,
         max_length_q,
@@ -129,3 +135,8 @@ def varlen_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[None], None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Turn (1, heads, T, head_dim) into (T, heads, head_dim)."""
+    return tensor[0].transpose(0, 1).contiguous()

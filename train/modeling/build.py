@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from data_tools.errors import ConfigError
+from train.modeling.attention import VARLEN_NAME
 from train.modeling.pixels import PixelNormalizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,12 +33,14 @@ def build_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dtype = DTYPES[precision]
+    # transformers looks for a package behind any name with "flash" in it: ours is set afterwards.
+    known = {part: "sdpa" if name == VARLEN_NAME else name for part, name in attention.items()}
     if init == "scratch":
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(folder)
         config.dtype = dtype
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation=attention
+        model: Any = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=known
         )
     else:
         if not list(Path(folder).glob("*.safetensors")):
@@ -45,11 +48,14 @@ def build_model(
                 f"model.path: {folder} holds no *.safetensors; download the model there, "
                 "or set model.init=scratch"
             )
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation=known, output_loading_info=True
         )
+        model, report = loaded
         _check_names(folder, report)
     model.config.use_cache = False
+    model.model.language_model.config._attn_implementation_internal = attention["text_config"]
+    model.model.visual.config._attn_implementation_internal = attention["vision_config"]
     return model
 
 

@@ -1,0 +1,1 @@
+"""Documents -> samples -> shards -> packs -> batches; imports nothing of ours."""

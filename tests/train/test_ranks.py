@@ -1,0 +1,67 @@
+"""Ranks from every launcher, and clear errors where they contradict each other."""
+
+import pytest
+
+from data_tools.errors import LaunchError
+from train.ranks import Ranks, export_ranks, find_ranks
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    found = find_ranks({})
+    assert (found.rank, found.world_size) == (0, 1)
+    assert found.master_port > 1023
+
+
+def test_torchrun() -> None:
+    env = {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": "1234",
+    }
+    assert find_ranks(env) == Ranks(3, 1, 4, 2, "n1", 1234)
+
+
+def test_deepspeed_names_the_local_size_differently() -> None:
+    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    assert find_ranks(env | {"MASTER_ADDR": "127.0.0.1"}).local_size == 2
+
+
+def test_srun_with_one_task_per_rank() -> None:
+    env = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "8",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "MASTER_ADDR": "n1",
+    }
+    assert find_ranks(env) == Ranks(5, 1, 8, 4, "n1", 29500)
+
+
+def test_a_batch_shell_without_a_step_is_one_rank() -> None:
+    assert find_ranks({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "expected 0 to N - 1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ],
+)
+def test_contradictions_are_named(env: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        find_ranks(env)
+
+
+def test_ranks_share_the_cores_unless_threads_are_set() -> None:
+    env: dict[str, str] = {}
+    export_ranks(Ranks(0, 0, 2, 2), env)
+    assert int(env["OMP_NUM_THREADS"]) >= 1
+    env = {"OMP_NUM_THREADS": "7"}
+    export_ranks(Ranks(), env)
+    assert env["OMP_NUM_THREADS"] == "7"
