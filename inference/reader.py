@@ -27,7 +27,7 @@ from data_tools.sample import Box
 from data_tools.templates import Template, load_template
 from inference.answers import ReadLine, parse_lines
 from train.generate import greedy_decode
-from train.modeling.attention import choose_attention
+from train.modeling.attention import decoding_attention
 from train.modeling.build import build_model, pixel_normalizer
 from train.modeling.packed import layout_of
 from train.modeling.pixels import PixelNormalizer
@@ -130,7 +130,7 @@ class Reader:
         target = _device(device)
         settings = read_settings(path)
         precision = dtype or ("fp32" if target.type == "cpu" else "bf16")
-        attention = _attention(target, precision)
+        attention = decoding_attention(target.type, precision)
         model = build_model(
             str(path), init="pretrained", precision=precision, attention=attention, seed=0
         )
@@ -326,14 +326,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU; use --device cpu or auto")
     return chosen
-
-
-def _attention(device: torch.device, precision: str) -> dict[str, str]:
-    """Return the attention of text (left-padded batches: SDPA with a mask) and vision."""
-    if device.type == "cpu" or precision == "fp32":  # flash kernels take 16-bit floats only
-        return {"text_config": "sdpa", "vision_config": "sdpa"}
-    # SDPA would call a kernel for each window of a page and layer: thousands of calls a page.
-    return {
-        "text_config": "sdpa",
-        "vision_config": choose_attention("auto", device.type)["vision_config"],
-    }

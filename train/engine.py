@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 from train.config import Config
 from train.modeling.adapters import add_adapter
-from train.modeling.attention import choose_attention
+from train.modeling.attention import choose_attention, decoding_attention
 from train.modeling.build import build_model, pixel_normalizer
 from train.modeling.packed import PackedModel
 from train.ranks import Ranks
@@ -46,7 +46,8 @@ def start_distributed(config: Config, ranks: Ranks) -> torch.device:
 
 def build_engine(config: Config, device: torch.device) -> Any:
     """Build the stage's model and wrap it: `engine.module.model` is the Hugging Face model."""
-    model = build_stage_model(config, device, zero=deepspeed_config(config))
+    attention = choose_attention(config.model.attention, device.type)
+    model = build_stage_model(config, attention, zero=deepspeed_config(config))
     packed = PackedModel(model, pixel_normalizer(config.model.path))
     if config.parallel.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -64,12 +65,14 @@ def build_engine(config: Config, device: torch.device) -> Any:
     return engine
 
 
-def build_stage_model(config: Config, device: torch.device, zero: dict[str, Any] | None) -> Any:
+def build_stage_model(
+    config: Config, attention: dict[str, str], zero: dict[str, Any] | None
+) -> Any:
     """Return the model with its adapter, frozen as the stage wants it.
 
     Args:
         config: of the stage.
-        device: decides which attention runs.
+        attention: implementation of `text_config` and `vision_config`.
         zero: the DeepSpeed configuration to partition the weights with while they are read; None
             builds a plain model.
     """
@@ -81,7 +84,7 @@ def build_stage_model(config: Config, device: torch.device, zero: dict[str, Any]
         section.path,
         init=section.init,
         precision=config.parallel.precision,
-        attention=choose_attention(section.attention, device.type),
+        attention=attention,
         seed=config.run.seed,
     )
     del alive
@@ -95,10 +98,10 @@ def build_stage_model(config: Config, device: torch.device, zero: dict[str, Any]
 
 def plain_copy(config: Config, device: torch.device) -> Any:
     """Return an unhooked model of the stage's shape for decoding, its weights still random."""
-    config = config.model_copy(
-        update={"model": config.model.model_copy(update={"init": "scratch", "attention": "sdpa"})}
-    )
-    return build_stage_model(config, device, zero=None).to(device).eval()
+    scratch = config.model.model_copy(update={"init": "scratch"})
+    attention = decoding_attention(device.type, config.parallel.precision)
+    config = config.model_copy(update={"model": scratch})
+    return build_stage_model(config, attention, zero=None).to(device).eval()
 
 
 def _restore_buffers(module: torch.nn.Module, buffers: dict[str, torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_tools.errors import DataError
 from data_tools.sample import Box
@@ -117,6 +117,9 @@ def _open_image(data: bytes, name: str, complaint: str) -> Iterator[Image.Image]
             raise
         except MemoryError:
             raise  # says something of this machine, not of the bytes
+        except UnidentifiedImageError as error:
+            # Pillow's message holds a memory address, a reason must be the same everywhere.
+            raise DataError(f"{name}: {complaint} (no known image format)") from error
         except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise DataError(f"{name}: {complaint} ({error or type(error).__name__})") from error
 

@@ -46,8 +46,8 @@ class Source:
     patches: np.ndarray
     left_out: dict[str, tuple[int, str]]
     weight: float = 1.0
-    _orders: dict[int, EpochOrder] = field(default_factory=dict, init=False)
-    _blocks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False)
+    _orders: dict[tuple[int, int], EpochOrder] = field(default_factory=dict, init=False)
+    _blocks: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._first_id = np.cumsum([0, *(len(shard) for shard in self.shards)])
@@ -87,15 +87,16 @@ class Source:
 
     def _position(self, source: int, epoch: int, position: int) -> int:
         block = position // BLOCK
-        if (epoch, block) not in self._blocks:
-            if epoch not in self._orders:
-                self._orders = {epoch: self._order(source, epoch)}
+        if (source, epoch, block) not in self._blocks:
+            if (source, epoch) not in self._orders:
+                self._orders = {(source, epoch): self._order(source, epoch)}
             start = block * BLOCK
             # Candidates wait in the window across the border of two blocks: keep a few of them.
             if len(self._blocks) > 8:
                 self._blocks.clear()
-            self._blocks[epoch, block] = self._orders[epoch].sample_ids(start, start + BLOCK)
-        return int(self._blocks[epoch, block][position % BLOCK])
+            ids = self._orders[source, epoch].sample_ids(start, start + BLOCK)
+            self._blocks[source, epoch, block] = ids
+        return int(self._blocks[source, epoch, block][position % BLOCK])
 
     def _order(self, source: int, epoch: int) -> EpochOrder:
         key = hash_key(self.recipe.seed, "order", source, epoch)

@@ -99,7 +99,7 @@ def test_we_read_shards_of_stock_webdataset(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("key", ["doc", "发票-1", "x" * 98, "x" * 200, "a b", "sub.dir/doc"])
 def test_any_tar_format_and_key(tmp_path: Path, key: str, tar_format: int) -> None:
-    if len(key) == 200 and tar_format == tarfile.USTAR_FORMAT:
+    if len(key) > 90 and tar_format == tarfile.USTAR_FORMAT:
         pytest.skip("ustar holds no name of this length")
     samples = [dataclasses.replace(make_sample(i), key=f"{key}{i}") for i in range(2)]
     shard = write_tar(tmp_path / "a.tar", members_of(*samples), format=tar_format)
@@ -108,7 +108,7 @@ def test_any_tar_format_and_key(tmp_path: Path, key: str, tar_format: int) -> No
 
 
 def test_names_as_tar_writes_them(tmp_path: Path) -> None:
-    """`tar cf x.tar .` puts "./" in front and directories between; systems add files of their own."""
+    """`tar cf x.tar .` puts "./" in front of names; some systems add files of their own."""
     samples = [make_sample(i) for i in range(2)]
     members: Members = [("README", b"hello"), ("./._doc-0000.png", b"junk")]
     members += [(f"./{name}", data) for name, data in members_of(*samples)]

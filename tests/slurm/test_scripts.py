@@ -1,4 +1,4 @@
-"""The job scripts without a cluster: lib.sh's functions with a stubbed Slurm, and their messages."""
+"""The job scripts without a cluster: lib.sh with a stubbed Slurm, and what they say."""
 
 import os
 import shutil
@@ -39,12 +39,14 @@ def stub(folder: Path, **programs: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def bash(command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def bash(
+    command: str, environment: dict[str, str] | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     kept = {name: v for name, v in os.environ.items() if not name.startswith("SLURM_")}
     return subprocess.run(
         ["bash", "-c", command],
         cwd=cwd,
-        env=kept | environment,
+        env=kept | (environment or {}),
         capture_output=True,
         text=True,
         timeout=60,
@@ -52,7 +54,7 @@ def bash(command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
 
 
 def call(function: str, **environment: str) -> str:
-    result = bash(f"source slurm/lib.sh; {function}", **(BASE | environment))
+    result = bash(f"source slurm/lib.sh; {function}", BASE | environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -130,8 +132,8 @@ def run_ranks(tmp_path: Path, command: str, **environment: str) -> subprocess.Co
     calls = {"CALLS": str(tmp_path / "calls")}
     return bash(
         f"source {ROOT}/slurm/lib.sh; run_ranks {command}",
+        settings | calls | environment,
         cwd=tmp_path,
-        **(settings | calls | environment),
     )
 
 
@@ -186,7 +188,8 @@ def test_usr1_reaches_the_ranks_and_their_exit_code_is_kept(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", JOB_SCRIPTS)
 def test_a_script_submitted_from_elsewhere_says_so(name: str, tmp_path: Path) -> None:
     spooled = shutil.copy(ROOT / "slurm" / name, tmp_path / "slurm_script")
-    result = bash(f"bash {spooled}", cwd=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="1")
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "1"}
+    result = bash(f"bash {spooled}", job, cwd=tmp_path)
     assert result.returncode == 2
     assert "call sbatch in the clone" in result.stderr
 
@@ -199,12 +202,8 @@ def test_a_script_started_without_sbatch_says_so(name: str) -> None:
 
 
 def test_a_missing_environment_is_named(tmp_path: Path) -> None:
-    result = bash(
-        "bash slurm/stage1.sh",
-        SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_JOB_ID="1",
-        LECTERN_PYTHON=str(tmp_path / "python"),
-    )
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1"}
+    result = bash("bash slurm/stage1.sh", job | {"LECTERN_PYTHON": str(tmp_path / "python")})
     assert result.returncode == 2
     assert f"there is no {tmp_path}/python" in result.stderr
     assert "make setup" in result.stderr

@@ -211,6 +211,34 @@ def evaluate(config_path: Path) -> tuple[float, list[tuple[str, str]]]:
     return evaluation.loss, [(r.key, r.prediction) for r in evaluation.readings]
 
 
+def test_evaluation_reads_as_the_exported_folder_does(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    from data_tools.examples.images import decode
+    from data_tools.stream.index import iterate_samples
+    from inference.reader import Reader
+    from train.export import export
+
+    record = run_record(tmp_path / "run", model, shards, stage={"number": 2, "max_steps": 30})
+    record["optim"] |= {"lr": 3e-3}
+    config = write_run(tmp_path / "c.yaml", record)
+    readings = run_ranks(2, train_and_read, config, timeout_s=120)[0]
+    folder = export(tmp_path / "run" / "stage2", dtype="fp32")
+    samples = {s.key: s for s in iterate_samples(shards[:1])}
+    reader = Reader.load(folder, batch_size=3)
+    pages = [[decode(data) for data in samples[key].image_bytes] for key, _ in readings]
+    found = reader.read_images([page[0] for page in pages], max_new_tokens=4)
+    assert [reading.text for reading in found] == [prediction for _, prediction in readings]
+    assert any(prediction for _, prediction in readings)
+
+
+def train_and_read(config_path: Path) -> list[tuple[str, str]]:
+    trainer = start(config_path)
+    trainer.run()
+    evaluation = trainer.evaluator.run(trainer.engine)
+    return [(r.key, r.prediction) for r in evaluation.readings]
+
+
 def test_recomputation_does_not_change_the_loss(
     tmp_path: Path, model: Path, shards: list[str]
 ) -> None:

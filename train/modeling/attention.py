@@ -47,6 +47,17 @@ def choose_attention(setting: str, device_type: str) -> dict[str, str]:
     return {"text_config": name, "vision_config": name}
 
 
+def decoding_attention(device_type: str, precision: str) -> dict[str, str]:
+    """Return the implementation for batched decoding.
+
+    The language model needs SDPA with its mask, since batches are padded on the left. In the vision
+    encoder SDPA would run once a window; the variable-length kernels take half precision only.
+    """
+    is_fast = device_type == "cuda" and precision != "fp32"
+    vision = choose_attention("auto", device_type)["vision_config"] if is_fast else "sdpa"
+    return {"text_config": "sdpa", "vision_config": vision}
+
+
 def register() -> None:
     """Make the implementations known to transformers; harmless when repeated."""
     AttentionInterface.register(CPU_NAME, document_attention)
@@ -80,7 +91,12 @@ def document_attention(
 
     Returns:
         (1, T, heads, head_dim) and no attention weights.
+
+    Raises:
+        ValueError: for padded or cached input, which carries its structure in a mask.
     """
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2] or attention_mask is not None:
+        raise ValueError(f"{CPU_NAME} is for packed training rows; decode with SDPA")
     borders = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     outputs = []
     for start, end in zip(borders, borders[1:], strict=False):

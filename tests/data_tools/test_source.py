@@ -1,0 +1,134 @@
+"""A source: usable samples of its shards, in the order of its epochs."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.errors import DataError
+from data_tools.examples.encode import Encoder, ImageSettings
+from data_tools.examples.tasks import Recipe
+from data_tools.stream import source as source_module
+from data_tools.stream.lengths import fingerprint, make_lengths
+from data_tools.stream.planner import DataState, Planner
+from data_tools.stream.source import Budgets, Source, open_source
+from data_tools.templates import load_template
+from tests.builders import make_sample, write_shard, write_shards
+
+RECIPE = Recipe((load_template("text-en"), load_template("lines-en")), (1.0, 1.0), seed=5)
+SETTINGS = ImageSettings(784, 200_000)
+WIDE = Budgets(10_000, 10_000)
+
+
+def opened(
+    shards: list[str],
+    folder: Path,
+    budgets: Budgets = WIDE,
+    recipe: Recipe = RECIPE,
+    **options: Any,
+) -> Source:
+    make_lengths(shards, str(folder), SETTINGS, recipe, num_workers=0)
+    mark = fingerprint(Encoder.from_folder(folder, SETTINGS), recipe)
+    return open_source(shards, mark, recipe, budgets, **options)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_shards(tmp_path_factory.mktemp("shards"), [3, 0, 5, 0, 0, 4, 0], num_lines=3)
+
+
+@pytest.fixture(scope="module")
+def source(shards: list[str], byte_folder: Path) -> Source:
+    return opened(shards, byte_folder)
+
+
+def test_every_sample_once_an_epoch_empty_shards_included(source: Source) -> None:
+    assert len(source) == 12
+    for epoch in range(3):
+        drawn = [source.draw(0, epoch * 12 + i) for i in range(12)]
+        assert sorted(sample.sample_id for sample in drawn) == list(range(12))
+        assert {sample.epoch for sample in drawn} == {epoch}
+        keys = {source.key(sample.sample_id) for sample in drawn}
+        assert keys == {f"doc-{i:04d}" for i in range(12)}
+
+
+def test_draws_do_not_depend_on_what_was_drawn_before(
+    source: Source, shards: list[str], byte_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [source.draw(0, number) for number in range(60)]
+    monkeypatch.setattr(source_module, "BLOCK", 4)
+    fresh = opened(shards, byte_folder)
+    order = np.random.default_rng(0).permutation(60)
+    for number in [*order, *order[::-1]]:
+        assert fresh.draw(0, int(number)) == expected[number]
+    assert len(fresh._blocks) <= 10
+
+
+def test_epochs_seeds_and_places_in_the_mix_have_their_own_orders(
+    source: Source, shards: list[str], byte_folder: Path
+) -> None:
+    other = opened(shards, byte_folder, recipe=dataclasses.replace(RECIPE, seed=6))
+    orders = [
+        tuple(which.draw(place, epoch * 12 + i).sample_id for i in range(12))
+        for which, place, epoch in [(source, 0, 0), (source, 0, 1), (source, 1, 0), (other, 0, 0)]
+    ]
+    assert len(set(orders)) == 4
+
+
+def test_a_draw_says_what_the_sample_costs(source: Source) -> None:
+    for number in range(24):
+        sample = source.draw(0, number)
+        assert sample.template == RECIPE.choose(source.key(sample.sample_id), sample.epoch)
+        assert sample.tokens == source.tokens[sample.template, sample.sample_id] > 0
+        assert sample.patches == source.patches[sample.sample_id]
+        assert source.read(sample.sample_id).key == source.key(sample.sample_id)
+    assert {source.draw(0, number).template for number in range(24)} == {0, 1}
+
+
+def test_longer_than_a_pack_is_left_out_and_counted_never_cut(
+    shards: list[str], source: Source, byte_folder: Path
+) -> None:
+    limit = int(np.median(source.tokens.max(axis=0)))
+    small = opened(shards, byte_folder, Budgets(limit, 10_000))
+    too_long = source.tokens.max(axis=0) > limit
+    assert 0 < too_long.sum() < 12
+    first = source.key(int(np.flatnonzero(too_long)[0]))
+    assert small.left_out == {"longer than a pack": (int(too_long.sum()), first)}
+    drawn = {small.draw(0, i).sample_id for i in range(len(small))}
+    assert drawn == set(np.flatnonzero(~too_long).tolist())
+
+    patches = int(np.median(source.patches))
+    flat = opened(shards, byte_folder, Budgets(10_000, patches))
+    assert len(flat) == (source.patches <= patches).sum() < 12
+    steps = Planner([small], 1, limit, 10_000, 3, DataState("f")).next_step
+    tokens = [sum(s.tokens for s in pack) for step in iter(steps, None) for pack in step.packs]
+    assert max(tokens) <= limit
+
+
+def test_lengths_can_be_selected_by_characters(
+    shards: list[str], byte_folder: Path, source: Source
+) -> None:
+    chars = np.concatenate([index.num_chars for index in source.shards])
+    low, high = int(np.sort(chars)[3]), int(np.sort(chars)[8])
+    chosen = opened(shards, byte_folder, min_chars=low, max_chars=high)
+    assert chosen.usable.tolist() == np.flatnonzero((chars >= low) & (chars <= high)).tolist()
+    assert chosen.left_out["not in the selected lengths"][0] == 12 - len(chosen)
+
+
+def test_unusable_samples_are_counted_with_the_first_reason(
+    tmp_path: Path, byte_folder: Path
+) -> None:
+    good = [make_sample(i) for i in range(3)]
+    bare = [dataclasses.replace(make_sample(i), annotations=()) for i in range(3, 5)]
+    shards = [
+        str(write_shard(tmp_path / "a.tar", [good[0], bare[0], good[1]])),
+        str(write_shard(tmp_path / "b.tar", [bare[1], good[2]])),
+    ]
+    source = opened(shards, byte_folder)
+    assert source.usable.tolist() == [0, 2, 4]
+    count, first = source.left_out["unusable"]
+    assert count == 2 and first.startswith("doc-0003: ") and "nothing to answer" in first
+    with pytest.raises(DataError, match=r"none of the 1 samples of .*c.tar ... is usable"):
+        opened([str(write_shard(tmp_path / "c.tar", bare[:1]))], byte_folder)
