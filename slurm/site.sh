@@ -14,7 +14,7 @@
 # export SBATCH_GPUS_PER_NODE=8
 
 # module purge && module load cuda/12.8
-# export LECTERN_PYTHON=/shared/envs/lectern/bin/python
+# export LECTERN_PYTHON=/opt/envs/lectern/bin/python
 
 # export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0

@@ -256,6 +256,8 @@ class Config(Section):
         keeps_size = all(transform.keeps_size for transform in self.data.preprocess)
         if self.task.unit == "page" and not keeps_size:
             raise ValueError("data.preprocess cuts lines out (line_strip); set task.unit to line")
+        if self.model.init == "scratch" and (self.stage.number == 1 or self.model.adapter):
+            raise ValueError("model.init=scratch trains every weight: use stage 2 and no adapter")
         if self.stage.number == 2 and not self.stage.train_merger:
             raise ValueError("stage.train_merger: stage 2 trains every part")
         return self

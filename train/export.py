@@ -233,7 +233,7 @@ def model_card(
             "## Read an image",
             "",
             "```bash",
-            f"python -m inference.predict --model {out} page.png",
+            f"python -m inference.predict {out} page.png",
             "```",
             "",
             f"Image transforms, pixel limits and task are in `{READER_FILE}`; the command above "

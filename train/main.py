@@ -12,12 +12,13 @@ data is bad beyond `data.max_hole_share`; 70 a defect; 75 interrupted, saved: st
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 # deepspeed and torchrun put train/ first on the path; the packages lie in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.errors import LecternError
+from data_tools.errors import EXIT_DEFECT, LecternError
 from train.config import check_paths, load_config
 from train.ranks import export_ranks, find_ranks, stop_all
 from train.shards import find_shards
@@ -57,7 +58,9 @@ def main() -> int:
         return train(config, shards, ranks)
     except LecternError as error:
         stop_all(error, rank)
-    return 1
+    except Exception:
+        traceback.print_exc()
+    return EXIT_DEFECT
 
 
 if __name__ == "__main__":

@@ -79,8 +79,10 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     environment["WORLD_SIZE"] = str(ranks.world_size)
     environment["MASTER_ADDR"] = ranks.master_addr
     environment["MASTER_PORT"] = str(ranks.master_port)
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # A Slurm task is bound to its own cores; other launchers let the ranks of a node share all.
+    share = environment.get("SLURM_CPUS_PER_TASK")
+    threads = int(share) if share else len(os.sched_getaffinity(0)) // ranks.local_size
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -64,7 +64,7 @@ def test_unusable_samples_have_length_0_and_a_reason(tmp_path: Path, byte_folder
         make_sample(0), annotations=(Annotation("x", (0, 0, 20, 20)),), fields={}
     )
     page = good.images[0]
-    unusable = {
+    unusable: dict[str, dict[str, Any]] = {
         "aspect ratio of 6000 x 20 px": {
             "images": (dataclasses.replace(page, width=6000, height=20),)
         },

@@ -30,7 +30,7 @@ def samples(draw: st.DrawFn) -> Sample:
     for _ in range(draw(st.integers(0, 3))):
         image = draw(st.integers(0, max(0, count - 1)))
         x = draw(st.integers(0, pages[image].width - 2)) if pages else 0
-        box = (x, 1, x + 1, 9) if pages and draw(st.booleans()) else None
+        box = (x, 1, x + 1, 9) if count and draw(st.booleans()) else None
         line = draw(st.none() | st.integers(0, 9))
         annotations.append(
             Annotation(

@@ -12,7 +12,7 @@ from tests.builders import draw_page
 from train.modeling.pixels import PixelNormalizer, patchify
 
 PUBLISHED = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-LIMITS = {"min_pixels": 3136, "max_pixels": 60_000}
+LIMITS: dict[str, Any] = {"min_pixels": 3136, "max_pixels": 60_000}
 
 
 def pages() -> list[np.ndarray]:
