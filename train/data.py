@@ -1,5 +1,7 @@
 """The data path of a stage, made of its configuration: encoder, sources, plan, batches."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +53,7 @@ def measure(config: Config, shards: Shards) -> None:
 
 @dataclass(frozen=True)
 class DataPath:
-    """All that is needed to make batches of a stage."""
+    """All that is needed to make batches of a stage; `mark` is the plan's fingerprint."""
 
     config: Config
     encoder: Encoder
@@ -146,7 +148,24 @@ def open_data(config: Config, shards: Shards) -> DataPath:
     ]
     validation = open_source(shards.validation, mark, recipe, budgets)
     encoder.prior = fit_prior(config, encoder, recipe, sources)
-    return DataPath(config, encoder, recipe, mark, sources, validation)
+    plan_mark = plan_fingerprint(config, mark, sources)
+    return DataPath(config, encoder, recipe, plan_mark, sources, validation)
+
+
+def plan_fingerprint(config: Config, lengths_mark: str, sources: list[Source]) -> str:
+    """Return a digest of all that the order and content of packs depend on.
+
+    `data.packs_per_step` is not part of it: it may change from one step to the next.
+    """
+    parts = {
+        "lengths": lengths_mark,
+        "shards": [[shard.identity for shard in source.shards] for source in sources],
+        "weights": [source.weight for source in sources],
+        "recipe": [config.run.seed, [template.weight for template in config.task.templates]],
+        "budgets": [config.data.token_budget, config.data.patches],
+        "selection": [config.data.min_chars, config.data.max_chars],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fit_prior(
@@ -160,19 +179,22 @@ def fit_prior(
     if section is None:
         return None
 
-    def conversations() -> Iterator[Conversation]:
+    def conversations() -> Iterator[tuple[Conversation, float]]:
+        """Yield every label of the index with the share in which the recipe asks for it."""
         for source in sources:
             for sample_id in source.usable:
                 sample = source.read(int(sample_id))
-                yield from (ask(sample, template) for template in recipe.templates)
+                for template, share in zip(recipe.templates, recipe.weights, strict=True):
+                    yield ask(sample, template), share
 
-    answers = (t.spans for turns in conversations() for t in turns if t.role == "assistant")
+    answers = (t.spans for turns, _ in conversations() for t in turns if t.role == "assistant")
     prior = CharPrior(CharPriorSettings(**section.model_dump()), count_characters(answers))
     encoder.prior = prior
-    total, count = 0.0, 0
-    for conversation in conversations():
+    total, count = 0.0, 0.0
+    for conversation, share in conversations():
         weights = encoder.answer_weights(conversation)
-        total, count = total + float(weights.sum(dtype=np.float64)), count + len(weights)
+        total += share * float(weights.sum(dtype=np.float64))
+        count += share * len(weights)
     return CharPrior(prior.settings, prior.counts, mean=total / count)
 
 

@@ -311,8 +311,9 @@ class Trainer:
         if saved != self.data.mark:
             raise CheckpointError(
                 f"{self.config.folder}: the checkpoint was made with other data settings "
-                f"(fingerprint {saved}, now {self.data.mark}): tokenizer, templates, pixel limits "
-                "or transforms differ. Use the old settings or a fresh run.dir"
+                f"(fingerprint {saved}, now {self.data.mark}): shards, seed, tokenizer, templates, "
+                "pixel limits, transforms, budgets or selected lengths differ. Use the old ones or "
+                "a fresh run.dir"
             )
 
     def _check_finite(self) -> None:
