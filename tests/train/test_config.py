@@ -78,6 +78,12 @@ def test_contradictions_are_errors(valid: Path) -> None:
         load_config(valid, ["data.preprocess=[{name: line_strip}]"])
 
 
+def test_scratch_cannot_leave_random_weights_frozen(valid: Path) -> None:
+    for change in ("stage.number=1", "model.adapter={rank: 4}"):
+        with pytest.raises(ConfigError, match="trains every weight"):
+            load_config(valid, ["model.init=scratch", change])
+
+
 def test_missing_model_folder_is_named(valid: Path) -> None:
     with pytest.raises(ConfigError, match="there is no folder /no/such"):
         check_paths(load_config(valid, ["model.path=/no/such"]))

@@ -191,6 +191,29 @@ def test_resume_on_another_world_size_sees_the_same_samples(
     )
 
 
+def test_resume_with_other_data_settings_is_refused(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    record = run_record(tmp_path / "run", model, shards, stage={"number": 2, "max_steps": 1})
+    run_ranks(1, run_to_end, write_run(tmp_path / "c.yaml", record), timeout_s=60)
+    (tmp_path / "run" / "stage2" / "status.json").unlink()
+    for change in ({"token_budget": 128}, {"max_chars": 30}):
+        changed = record | {"data": record["data"] | change}
+        config = write_run(tmp_path / "changed.yaml", changed)
+        message = run_ranks(1, start_and_catch, config, timeout_s=60)[0]
+        assert "made with other data settings" in message
+
+
+def start_and_catch(config_path: Path) -> str:
+    from data_tools.errors import CheckpointError
+
+    try:
+        start(config_path)
+    except CheckpointError as error:
+        return str(error)
+    return "resumed"
+
+
 def test_evaluation_reads_the_same_on_1_and_2_ranks(
     tmp_path: Path, model: Path, shards: list[str]
 ) -> None:
