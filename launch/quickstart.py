@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="delete runs/quickstart first")
     arguments = parser.parse_args()
     os.chdir(ROOT)
+    # Two ranks of a tiny model: the same on a machine with one GPU, with eight, or with none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     show(json.loads(quickstart(arguments.fresh).read_text(encoding="utf-8")))
 
 
