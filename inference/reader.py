@@ -130,7 +130,7 @@ class Reader:
         target = _device(device)
         settings = read_settings(path)
         precision = dtype or ("fp32" if target.type == "cpu" else "bf16")
-        attention = decoding_attention(target.type, precision)
+        attention = decoding_attention("auto", target.type, precision)
         model = build_model(
             str(path), init="pretrained", precision=precision, attention=attention, seed=0
         )

@@ -1,6 +1,7 @@
 """Small synthetic samples, shards and run configurations for tests."""
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,15 @@ def write_shards(folder: Path, sizes: list[int], *, first: int = 0, **options: A
 
 def run_record(folder: Path, model: Path, shards: list[str], **changes: Any) -> dict[str, Any]:
     """Return the configuration of a small stage; `changes` are `section=dict(...)`."""
+    validation = Path(shards[0]).with_name("val-000000.tar")
+    if Path(shards[0]).exists() and not validation.exists():
+        shutil.copy(shards[0], validation)
     record: dict[str, Any] = {
         "run": {"dir": str(folder), "seed": 0},
         "model": {"path": str(model)},
         "data": {
             "train": [{"shards": f"{Path(shards[0]).parent}/train-*.tar"}],
-            "validation": shards[:1],
+            "validation": [str(validation)],
             "min_pixels": 784,
             "token_budget": 96,
             "packs_per_step": 4,

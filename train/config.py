@@ -17,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_tools.errors import ConfigError
-from data_tools.examples.preprocess import AnyTransform
+from data_tools.examples.images import FACTOR_PX
+from data_tools.examples.preprocess import AnyTransform, LineStrip
 
 CONFIG_VERSION = 1
 REQUIRED_OF_USER = ("run.dir", "model.path", "data.train", "data.validation")
@@ -66,7 +67,11 @@ class SourceConfig(Section):
     """One of several sources of a mix."""
 
     shards: str = Field(min_length=1, description="path, URL or glob of tars")
-    weight: float = Field(default=1.0, gt=0, description="share of the samples drawn")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="how densely it is interleaved; each source is seen `epochs` times",
+    )
 
 
 class AugmentConfig(Section):
@@ -152,7 +157,8 @@ class StageConfig(Section):
 
     number: Literal[1, 2] = Field(description="1: vision encoder, language model frozen; 2: all")
     train_merger: bool = Field(
-        default=True, description="stage 1: the merger belongs to the vision encoder's side"
+        default=True,
+        description="stage 1: the merger belongs to the vision encoder's side (adapters leave it)",
     )
     epochs: int = Field(default=12, gt=0, description="how often each sample is seen")
     max_steps: int | None = Field(default=None, gt=0, description="stop earlier; null: by epochs")
@@ -253,6 +259,16 @@ class Config(Section):
         """Check what no single key shows."""
         if self.data.min_pixels > self.data.max_pixels:
             raise ValueError("data.min_pixels is larger than data.max_pixels")
+        for transform in self.data.preprocess:
+            if isinstance(transform, LineStrip):
+                smallest, largest = 28 * transform.height, FACTOR_PX * transform.max_tokens
+                if self.data.min_pixels > smallest or self.data.max_pixels < 28 * largest:
+                    raise ValueError(
+                        "line_strip: its strips would be resized again; set data.min_pixels to at "
+                        f"most {smallest} and data.max_pixels to at least {28 * largest}"
+                    )
+        if self.run.dir.startswith("~") or "://" in self.run.dir:
+            raise ValueError("run.dir must be a path that all ranks share, not a URL")
         keeps_size = all(transform.keeps_size for transform in self.data.preprocess)
         if self.task.unit == "page" and not keeps_size:
             raise ValueError("data.preprocess cuts lines out (line_strip); set task.unit to line")
@@ -272,6 +288,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     record = read_yaml(path)
     for override in overrides or []:
         _apply(record, override)
+    for section, key in (("run", "dir"), ("model", "path")):
+        if isinstance(record.get(section), dict) and isinstance(record[section].get(key), str):
+            record[section][key] = os.path.expanduser(record[section][key])
     try:
         return Config.model_validate(record)
     except ValidationError as error:
@@ -348,7 +367,8 @@ def _apply(record: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is no valid YAML: {error}") from error
     *parents, last = key.split(".")
     for parent in parents:
-        record = record.setdefault(parent, {})
+        record[parent] = record.get(parent) or {}
+        record = record[parent]
         if not isinstance(record, dict):
             raise ConfigError(f"override {override!r}: {parent} is not a section")
     record[last] = value
@@ -391,13 +411,13 @@ def _section_of(annotation: Any) -> Any:
     return None
 
 
-def check_paths(config: Config) -> None:
-    """Raise ConfigError for every local path that is named and does not exist."""
-    missing = []
-    for key, path in (("model.path", config.model.path),):
-        if "://" not in path and not os.path.isdir(os.path.expanduser(path)):
-            missing.append(f"{key}: there is no folder {path}")
-        elif "://" not in path and not os.path.isfile(os.path.join(path, "config.json")):
-            missing.append(f"{key}: {path} holds no config.json; expected a Hugging Face folder")
-    if missing:
-        raise ConfigError("\n  ".join(missing))
+def path_problems(config: Config) -> list[str]:
+    """Return, with its key, every local path that is named and cannot be used."""
+    path = config.model.path
+    if "://" in path:
+        return [f"model.path: {path} is a URL; download the folder and name the copy"]
+    if not os.path.isdir(path):
+        return [f"model.path: there is no folder {path}"]
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return [f"model.path: {path} holds no config.json; expected a Hugging Face folder"]
+    return []

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data_tools.examples.augment import Augmentation
 from data_tools.examples.characters import CharPrior, CharPriorSettings, count_characters
@@ -16,7 +17,7 @@ from data_tools.stream.collate import ModelLayout
 from data_tools.stream.executor import ExampleMaker, Executor
 from data_tools.stream.hashing import hash_key
 from data_tools.stream.lengths import fingerprint, make_lengths
-from data_tools.stream.planner import DataState, Planner
+from data_tools.stream.planner import DataState, Pack, Planner
 from data_tools.stream.source import Budgets, Source, open_source
 from data_tools.templates import load_template
 from train.config import Config
@@ -51,6 +52,10 @@ def measure(config: Config, shards: Shards) -> None:
     )
 
 
+CHARACTERS_FILE = "characters.json"
+PACKS_LOOKED_AT = 400
+
+
 @dataclass(frozen=True)
 class DataPath:
     """All that is needed to make batches of a stage; `mark` is the plan's fingerprint."""
@@ -63,19 +68,22 @@ class DataPath:
     validation: Source
 
     @property
-    def num_tokens(self) -> float:
-        """Tokens of one epoch, expected over the recipe."""
-        return sum(_expected(s.tokens[:, s.usable], self.recipe) for s in self.sources)
-
-    @property
-    def num_patches(self) -> float:
-        """Vision patches of one epoch."""
-        return float(sum(source.patches[source.usable].sum() for source in self.sources))
-
-    @property
     def num_samples(self) -> int:
         """Samples of one epoch."""
         return sum(len(source) for source in self.sources)
+
+    def first_packs(self) -> list[Pack]:
+        """Return the packs that the plan starts with, enough to know how they come out."""
+        planner = self.planner(self.first_state())
+        packs: list[Pack] = []
+        while len(packs) < PACKS_LOOKED_AT and (step := planner.next_step()) is not None:
+            packs += step.packs
+        return packs
+
+    def samples_per_pack(self) -> float:
+        """Return the mean number of samples of the first packs."""
+        packs = self.first_packs()
+        return sum(len(pack) for pack in packs) / len(packs)
 
     def first_state(self) -> DataState:
         """Return the state of an untouched run."""
@@ -122,34 +130,40 @@ class DataPath:
 
     def validation_ids(self) -> list[int]:
         """Return the ids of the validation sample: seeded, the same in every evaluation."""
-        usable = self.validation.usable
+        source = self.validation
+        usable = source.usable[source.answerable[0, source.usable]]
         draw = np.random.default_rng(hash_key(self.config.run.seed, "validation"))
         count = min(self.config.evaluation.num_samples, len(usable))
         return sorted(int(i) for i in draw.choice(usable, count, replace=False))
 
 
 def open_data(config: Config, shards: Shards) -> DataPath:
-    """Open sources whose lengths have been made (`measure`)."""
+    """Open sources whose lengths (`measure`) and character tables (`fit_prior`) have been made."""
+    encoder, recipe, mark, sources = _open_sources(config, shards)
+    encoder.prior = _read_prior(config)
+    budgets = Budgets(config.data.token_budget, config.data.patches)
+    validation = open_source(shards.validation, mark, recipe, budgets)
+    plan_mark = plan_fingerprint(config, mark, sources)
+    return DataPath(config, encoder, recipe, plan_mark, sources, validation)
+
+
+def _open_sources(config: Config, shards: Shards) -> tuple[Encoder, Recipe, str, list[Source]]:
     recipe = recipe_of(config)
     encoder = Encoder.from_folder(config.model.path, image_settings(config))
     mark = fingerprint(encoder, recipe)
-    budgets = Budgets(config.data.token_budget, config.data.patches)
     sources = [
         open_source(
             part,
             mark,
             recipe,
-            budgets,
+            Budgets(config.data.token_budget, config.data.patches),
             max_chars=config.data.max_chars,
             min_chars=config.data.min_chars,
             weight=source.weight,
         )
         for part, source in zip(shards.train, config.data.train, strict=True)
     ]
-    validation = open_source(shards.validation, mark, recipe, budgets)
-    encoder.prior = fit_prior(config, encoder, recipe, sources)
-    plan_mark = plan_fingerprint(config, mark, sources)
-    return DataPath(config, encoder, recipe, plan_mark, sources, validation)
+    return encoder, recipe, mark, sources
 
 
 def plan_fingerprint(config: Config, lengths_mark: str, sources: list[Source]) -> str:
@@ -164,69 +178,80 @@ def plan_fingerprint(config: Config, lengths_mark: str, sources: list[Source]) -
         "recipe": [config.run.seed, [template.weight for template in config.task.templates]],
         "budgets": [config.data.token_budget, config.data.patches],
         "selection": [config.data.min_chars, config.data.max_chars],
+        "augment": config.model_dump(mode="json")["data"]["augment"],
+        "loss": config.loss.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fit_prior(
-    config: Config, encoder: Encoder, recipe: Recipe, sources: list[Source]
-) -> CharPrior | None:
-    """Return the character weights with the tables of the training index, or None if they are off.
+def fit_prior(config: Config, shards: Shards) -> None:
+    """Make the character tables of the training index, if they are wanted and not there yet.
 
     Two passes over the labels: how often each character stands there, then the mean token weight.
+    One process of the job does this; `open_data` reads what it wrote into the stage's folder.
     """
     section = config.loss.char_prior
     if section is None:
-        return None
+        return
+    encoder, recipe, mark, sources = _open_sources(config, shards)
+    digest = plan_fingerprint(config, mark, sources)
+    path = config.folder / CHARACTERS_FILE
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == digest:
+        return
+    total = 2 * sum(len(source) for source in sources)
+    bar = tqdm(total=total, desc="counting characters", unit="sample", disable=None)
 
     def conversations() -> Iterator[tuple[Conversation, float]]:
         """Yield every label of the index with the share in which the recipe asks for it."""
         for source in sources:
-            for sample_id in source.usable:
+            for sample_id, shares in zip(source.usable, source.shares.T, strict=True):
+                bar.update(1)
                 sample = source.read(int(sample_id))
-                for template, share in zip(recipe.templates, recipe.weights, strict=True):
-                    yield ask(sample, template), share
+                for template, share in zip(recipe.templates, shares, strict=True):
+                    if share > 0:
+                        yield ask(sample, template), float(share)
 
     answers = (t.spans for turns, _ in conversations() for t in turns if t.role == "assistant")
-    prior = CharPrior(CharPriorSettings(**section.model_dump()), count_characters(answers))
-    encoder.prior = prior
-    total, count = 0.0, 0.0
+    counts = count_characters(answers)
+    encoder.prior = CharPrior(CharPriorSettings(**section.model_dump()), counts)
+    total_weight, num_labels = 0.0, 0.0
     for conversation, share in conversations():
         weights = encoder.answer_weights(conversation)
-        total += share * float(weights.sum(dtype=np.float64))
-        count += share * len(weights)
-    return CharPrior(prior.settings, prior.counts, mean=total / count)
+        total_weight += share * float(weights.sum(dtype=np.float64))
+        num_labels += share * len(weights)
+    bar.close()
+    record = {"fingerprint": digest, "mean": total_weight / num_labels, "counts": counts}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def _expected(tokens: np.ndarray, recipe: Recipe) -> float:
-    shares = np.asarray(recipe.weights) / sum(recipe.weights)
-    return float(shares @ tokens.sum(axis=1))
+def _read_prior(config: Config) -> CharPrior | None:
+    section = config.loss.char_prior
+    if section is None:
+        return None
+    record = json.loads((config.folder / CHARACTERS_FILE).read_text(encoding="utf-8"))
+    settings = CharPriorSettings(**section.model_dump())
+    return CharPrior(settings, record["counts"], record["mean"])
 
 
 def describe(path: DataPath) -> list[str]:
     """Return lines that say what the sources hold, what is left out and how packs come out."""
     data = path.config.data
     lines = []
-    for number, source in enumerate(path.sources):
+    for name, source in [*((f"source {k}", s) for k, s in enumerate(path.sources)),
+                         ("validation", path.validation)]:  # fmt: skip
         total = sum(len(shard) for shard in source.shards)
-        lines.append(
-            f"source {number}: {len(source)} of {total} samples in {len(source.shards)} shards"
-        )
-        lines += [
-            f"  left out, {why}: {n} (first: {key})" for why, (n, key) in source.left_out.items()
-        ]
-    planner = path.planner(path.first_state())
-    steps = [step for _ in range(20) if (step := planner.next_step()) is not None]
-    packs = [pack for step in steps for pack in step.packs]
-    tokens: list[Any] = [sum(sample.tokens for sample in pack) for pack in packs]
-    documents = [len(pack) for pack in packs]
-    low, high = np.percentile(documents, [5, 95])
+        lines.append(f"{name}: {len(source)} of {total} samples in {len(source.shards)} shards")
+        for why, (count, key) in source.left_out.items():
+            lines.append(f"  left out, {why}: {count} (first: {key})")
+    packs = path.first_packs()
+    low, high = np.percentile([len(pack) for pack in packs], [5, 95])
+    tokens = np.mean([sum(sample.tokens for sample in pack) for pack in packs])
+    mean = path.samples_per_pack()
     lines.append(
-        f"documents a pack: {np.mean(documents):.1f} (5-95 %: {low:.0f}-{high:.0f}), "
-        f"{data.packs_per_step} packs a step, {np.mean(documents) * data.packs_per_step:.0f} "
-        "documents a step"
+        f"documents a pack: {mean:.1f} (5-95 %: {low:.0f}-{high:.0f}), "
+        f"{data.packs_per_step} packs a step, {mean * data.packs_per_step:.0f} documents a step"
     )
-    lines.append(
-        f"pack fill: {np.mean(tokens) / data.token_budget:.2%} of {data.token_budget} tokens"
-    )
+    lines.append(f"pack fill: {tokens / data.token_budget:.2%} of {data.token_budget} tokens")
     return lines

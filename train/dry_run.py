@@ -6,32 +6,37 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from train.config import Config
-from train.data import describe, measure, open_data
+from train.data import describe, fit_prior, measure, open_data
+from train.engine import prepare_parameters
 from train.modeling.names import module_group
 from train.ranks import find_ranks
 from train.shards import Shards
-from train.stages import estimate_steps, freeze
+from train.stages import estimate_steps
 
-MASTER_AND_MOMENTS_BYTES = 12  # fp32 weight and AdamW's two moments, per trained parameter
+TRAINED_BYTES = 16  # fp32 weight, AdamW's two moments and the gradient, per trained parameter
 
 
 def dry_run(config: Config, shards: Shards) -> None:
     """Print the plan: data, packs, steps, what trains and the memory of its state."""
+    ranks = find_ranks()
+    if not ranks.is_main:
+        return
     measure(config, shards)
+    fit_prior(config, shards)
     data = open_data(config, shards)
     print(f"stage {config.stage.number} -> {config.folder}")
     for line in describe(data):
         print(line)
-    steps = estimate_steps(config, data.num_tokens, data.num_patches)
+    steps = estimate_steps(config, data.num_samples, data.samples_per_pack())
     print(f"steps: {steps} ({config.stage.epochs} epochs at most, see stage.max_steps)")
-    for line in _describe_model(config, find_ranks().world_size):
+    for line in _describe_model(config, ranks.world_size):
         print(line)
 
 
 def _describe_model(config: Config, world_size: int) -> list[str]:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(config.model.path))
-    freeze(model, config.stage)
+    prepare_parameters(model, config)
     parts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         count = parts.setdefault(module_group(name), [0, 0])
@@ -42,10 +47,8 @@ def _describe_model(config: Config, world_size: int) -> list[str]:
         f"  {part}: {_millions(size)} parameters, {_millions(active)} trained"
         for part, (size, active) in parts.items()
     ]
-    if config.model.adapter is not None:
-        lines.append(f"  (a LoRA adapter of rank {config.model.adapter.rank} trains instead)")
     width = 2 if config.parallel.precision == "bf16" else 4
-    state = total * width + trained * MASTER_AND_MOMENTS_BYTES
+    state = total * width + trained * TRAINED_BYTES
     lines.append(
         f"state under ZeRO-3: {state / 1e9:.2f} GB in all, {state / world_size / 1e9:.2f} GB a "
         f"rank at world size {world_size}; activations come on top"

@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from train.config import Config
 from train.modeling.adapters import add_adapter
 from train.modeling.attention import choose_attention, decoding_attention
-from train.modeling.build import build_model, pixel_normalizer
+from train.modeling.build import build_empty_model, build_model, pixel_normalizer
 from train.modeling.packed import PackedModel
 from train.ranks import Ranks
 from train.stages import freeze, parameter_groups
@@ -46,14 +46,12 @@ def start_distributed(config: Config, ranks: Ranks) -> torch.device:
 
 def build_engine(config: Config, device: torch.device) -> Any:
     """Build the stage's model and wrap it: `engine.module.model` is the Hugging Face model."""
-    attention = choose_attention(config.model.attention, device.type)
-    model = build_stage_model(config, attention, zero=deepspeed_config(config))
+    model = build_stage_model(config, device, zero=deepspeed_config(config))
     packed = PackedModel(model, pixel_normalizer(config.model.path))
     if config.parallel.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Blocks as units of gathering: fewer, larger gathers, and none repeated for the recompute.
         deepspeed.utils.set_z3_leaf_modules(model, BLOCKS)
-    buffers = {name: buffer.clone() for name, buffer in packed.named_buffers()}
     optim = config.optim
     optimizer = torch.optim.AdamW(
         parameter_groups(model, optim), betas=(optim.beta1, optim.beta2), foreach=False
@@ -61,52 +59,52 @@ def build_engine(config: Config, device: torch.device) -> Any:
     engine, *_ = deepspeed.initialize(
         model=packed, optimizer=optimizer, config=deepspeed_config(config)
     )
-    _restore_buffers(engine.module, buffers)
+    engine.train()  # from_pretrained gives a model in evaluation mode: no recompute, no dropout
     return engine
 
 
 def build_stage_model(
-    config: Config, attention: dict[str, str], zero: dict[str, Any] | None
+    config: Config, device: torch.device, zero: dict[str, Any] | None = None
 ) -> Any:
     """Return the model with its adapter, frozen as the stage wants it.
 
     Args:
         config: of the stage.
-        attention: implementation of `text_config` and `vision_config`.
+        device: decides which attention runs.
         zero: the DeepSpeed configuration to partition the weights with while they are read; None
             builds a plain model.
     """
-    section = config.model
+    section, precision = config.model, config.parallel.precision
     # transformers partitions at birth while such an object is alive. Random weights are drawn
     # unpartitioned, so that a seed gives the same model at any world size.
     alive = HfDeepSpeedConfig(zero) if zero and section.init == "pretrained" else None
     model = build_model(
         section.path,
         init=section.init,
-        precision=config.parallel.precision,
-        attention=attention,
+        precision=precision,
+        attention=choose_attention(section.attention, device.type, precision),
         seed=config.run.seed,
     )
     del alive
-    if section.adapter is None:
+    return prepare_parameters(model, config)
+
+
+def prepare_parameters(model: Any, config: Config) -> Any:
+    """Add the stage's adapter to a model, or freeze what the stage does not train."""
+    if config.model.adapter is None:
         freeze(model, config.stage)
         return model
-    torch.manual_seed(config.run.seed)
-    settings = section.adapter.model_dump()
-    return add_adapter(model, stage=config.stage.number, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.run.seed)
+        settings = config.model.adapter.model_dump()
+        return add_adapter(model, stage=config.stage.number, **settings)
 
 
 def plain_copy(config: Config, device: torch.device) -> Any:
-    """Return an unhooked model of the stage's shape for decoding, its weights still random."""
-    scratch = config.model.model_copy(update={"init": "scratch"})
-    attention = decoding_attention(device.type, config.parallel.precision)
-    config = config.model_copy(update={"model": scratch})
-    return build_stage_model(config, attention, zero=None).to(device).eval()
-
-
-def _restore_buffers(module: torch.nn.Module, buffers: dict[str, torch.Tensor]) -> None:
-    """Undo the cast of float32 buffers: rotary frequencies lose too much in bf16."""
-    for name, buffer in buffers.items():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        current = getattr(owner, name.rpartition(".")[2])
-        setattr(owner, name.rpartition(".")[2], buffer.to(current.device))
+    """Return an unhooked model of the stage's shape for decoding, its weights still unset."""
+    precision = config.parallel.precision
+    attention = decoding_attention(config.model.attention, device.type, precision)
+    model = build_empty_model(
+        config.model.path, precision=precision, attention=attention, device=device
+    )
+    return prepare_parameters(model, config).to(device).eval()

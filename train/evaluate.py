@@ -6,7 +6,6 @@ parameter, into an unhooked copy on every rank; each rank reads its share of the
 """
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -16,46 +15,67 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_tools.examples.encode import Prompt
+from data_tools.errors import ConfigError, DataError
+from data_tools.examples.encode import Encoder, Prompt
 from data_tools.examples.images import decode
 from data_tools.examples.tasks import ask
+from data_tools.sample import Sample
 from data_tools.stream.collate import ModelLayout
 from data_tools.stream.executor import ExampleMaker
 from data_tools.stream.planner import DataState, Planner
+from train.collectives import gather_json
 from train.config import Config
 from train.data import DataPath
 from train.engine import plain_copy
 from train.generate import greedy_decode
-from train.metrics import NormalizeOptions, TextReport, text_report
+from train.metrics import FieldReport, NormalizeOptions, TextReport, field_report, text_report
 from train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadSample:
     """One sample of the validation set as the model read it."""
 
     key: str
+    group: str
     prediction: str
     truth: str
+    fields: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ValidationResult:
     """What an evaluation found.
 
     Attributes:
-        loss: teacher-forced loss per unit of weight, in nats.
-        report: text metrics over the validation sample.
-        readings: in the order of the sample; the same on every rank.
-        images: key -> (H, W, 3) uint8 as the model saw it, for this rank's first samples.
+        loss: teacher-forced cross-entropy per label token, in nats, without character weights.
+        text: text metrics over the validation sample.
+        fields: field metrics where the template asks for fields.
+        samples: in the order of the sample; the same on every rank.
+        images: key -> (H, W, 3) uint8 as the model saw it, of the samples that this rank read.
     """
 
     loss: float
-    report: TextReport
-    readings: list[Reading]
+    text: TextReport
+    fields: FieldReport | None
+    samples: list[ReadSample]
     images: dict[str, np.ndarray]
+
+    def scalars(self) -> dict[str, float]:
+        """Return the headline figures by their TensorBoard names."""
+        values = {
+            "validation/loss": self.loss,
+            "validation/cer": self.text.cer.micro.value,
+            "validation/wer": self.text.wer.micro.value,
+            "validation/character_accuracy": self.text.character_accuracy,
+            "validation/exact_match": self.text.exact_match.value,
+        }
+        if self.fields is not None:
+            values["validation/field_f1"] = self.fields.f1.value
+            values["validation/e2e_accuracy"] = self.fields.e2e_accuracy.value
+        return values
 
 
 class Evaluator:
@@ -69,38 +89,48 @@ class Evaluator:
     ) -> None:
         self._config, self._data, self._layout = config, data, layout
         self._ranks, self._device = ranks, device
+        self._template = data.recipe.templates[0]
+        # Losses stay comparable between runs with and without character weights.
+        self._encoder = Encoder(data.encoder.tokenizer, data.encoder.images)
         self._ids = data.validation_ids()
         self._copy: Any = None
 
-    def run(self, engine: Any) -> Evaluation:
+    def run(self, engine: Any) -> ValidationResult:
         """Compute the held-out loss and read the sample."""
         loss = self.loss(engine)
-        readings, images = self._read(engine)
+        samples, images = self._read(engine)
+        if not samples:
+            raise ConfigError(
+                "data.validation: none of the evaluated samples can be read and has a legible "
+                "answer; raise evaluation.num_samples or look at the shards"
+            )
+        groups = [sample.group for sample in samples]
         options = NormalizeOptions(casefold=self._config.evaluation.casefold)
-        report = text_report(
-            [r.truth for r in readings], [r.prediction for r in readings], options=options
-        )
-        return Evaluation(loss, report, readings, images)
+        predictions = [sample.prediction for sample in samples]
+        text = text_report([s.truth for s in samples], predictions, groups=groups, options=options)
+        fields = None
+        if self._template.task == "fields":
+            found = [self._template.parse(prediction) or None for prediction in predictions]
+            fields = field_report(
+                [s.fields for s in samples], found, groups=groups, options=options
+            )
+        return ValidationResult(loss, text, fields, samples, images)
 
     def loss(self, engine: Any) -> float:
         """Return the teacher-forced loss on the sample, per unit of weight."""
-        data, config = self._data, self._config
-        source = dataclasses.replace(data.validation, usable=np.asarray(self._ids))
-        maker = ExampleMaker([source], data.encoder, self._layout, config.data.token_budget)
-        planner = Planner(
-            [source],
-            1,
-            config.data.token_budget,
-            config.data.patches,
-            self._ranks.world_size,
-            DataState(data.mark),
-        )
+        data, world_size = self._config.data, self._ranks.world_size
+        source = dataclasses.replace(self._data.validation, usable=np.asarray(self._ids))
+        maker = ExampleMaker([source], self._encoder, self._layout, data.token_budget)
+        state = DataState(self._data.mark)
+        planner = Planner([source], 1, data.token_budget, data.patches, world_size, state)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         engine.eval()
         with torch.no_grad():
             while (step := planner.next_step()) is not None:
-                for packs in step.assign(self._ranks.world_size):
+                for packs in step.assign(world_size):
                     batch = maker.batch(packs[self._ranks.rank])
+                    for hole in batch.holes:
+                        logger.warning("validation: left out %s", hole["reason"])
                     output = engine(batch.to(self._device))
                     sums[0] += output.weighted_sum.double()
                     sums[1] += batch.weight_sum
@@ -108,40 +138,52 @@ class Evaluator:
         dist.all_reduce(sums)
         return float(sums[0] / sums[1].clamp(min=1))
 
-    def _read(self, engine: Any) -> tuple[list[Reading], dict[str, np.ndarray]]:
+    def _read(self, engine: Any) -> tuple[list[ReadSample], dict[str, np.ndarray]]:
         model = self._gather_copy(engine)
         mine = self._ids[self._ranks.rank :: self._ranks.world_size]
         cases = [case for case in map(self._case, mine) if case is not None]
         config = self._config.evaluation
         answers = greedy_decode(
             model,
-            [prompt for _, prompt, _ in cases],
+            [prompt for _, prompt in cases],
             normalizer=engine.module.normalizer,
-            eos_token_id=self._data.encoder.end_id,
+            eos_token_id=self._encoder.end_id,
             pad_token_id=self._layout.pad_id,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
         )
-        texts = [self._data.encoder.decode(ids) for ids in answers]
-        own = [[key, text, truth] for (key, _, truth), text in zip(cases, texts, strict=True)]
-        parts = gather_json(own, self._device)
+        own = [
+            dataclasses.asdict(dataclasses.replace(case, prediction=self._encoder.decode(ids)))
+            for (case, _), ids in zip(cases, answers, strict=True)
+        ]
+        parts = gather_json(own)
         longest = max(len(part) for part in parts)
         merged = [part[i] for i in range(longest) for part in parts if i < len(part)]
-        images = {key: prompt.images[0] for key, prompt, _ in cases if prompt.images}
-        return [Reading(*row) for row in merged], images
+        images = {case.key: prompt.images[0] for case, prompt in cases if prompt.images}
+        return [ReadSample(**record) for record in merged], images
 
-    def _case(self, sample_id: int) -> tuple[str, Prompt, str] | None:
-        """Return (key, prompt, true answer) of a sample; None where the truth is illegible."""
+    def _case(self, sample_id: int) -> tuple[ReadSample, Prompt] | None:
+        """Return a sample and its prompt; None where it cannot be decoded or its truth be read."""
         sample = self._data.validation.read(sample_id)
-        encoder, template = self._data.encoder, self._data.recipe.templates[0]
-        pages = [decode(data, f'sample "{sample.key}"') for data in sample.image_bytes]
-        prepared = tuple(encoder.images.prepare(page) for page in pages)
-        sizes = [(image.shape[1], image.shape[0]) for image in prepared]
-        conversation = ask(sample, template, sizes)
+        try:
+            pages = [decode(data, f'sample "{sample.key}"') for data in sample.image_bytes]
+            prepared = tuple(self._encoder.images.prepare(page) for page in pages)
+            sizes = [(image.shape[1], image.shape[0]) for image in prepared]
+            conversation = ask(sample, self._template, sizes)
+            prompt = self._encoder.prompt_of(conversation[:-1], prepared)
+        except DataError as error:
+            logger.warning("validation: left out %s", error)
+            return None
         answer = conversation[-1]
         if all(span.weight == 0 for span in answer.spans):
             return None
-        return sample.key, encoder.prompt_of(conversation[:-1], prepared), answer.text
+        return self._unread(sample, answer.text), prompt
+
+    def _unread(self, sample: Sample, truth: str) -> ReadSample:
+        keys = [field.key for field in self._template.fields]
+        group = str(sample.tags.get("document", sample.key))
+        fields = {key: sample.fields.get(key) for key in keys}
+        return ReadSample(sample.key, group, "", truth, fields)
 
     def _gather_copy(self, engine: Any) -> Any:
         """Bring the engine's current weights into the copy, one parameter at a time."""
@@ -156,20 +198,3 @@ class Evaluator:
                 with deepspeed.zero.GatheredParameters([original[name]]):
                     target.copy_(original[name])
         return self._copy
-
-
-def gather_json(value: Any, device: Any) -> list[Any]:
-    """Return every rank's JSON value, by rank; a collective without pickle."""
-    world_size = dist.get_world_size()
-    data = torch.tensor(list(json.dumps(value).encode("utf-8")), dtype=torch.uint8, device=device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([len(data)], dtype=torch.int64, device=device))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = data
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    return [
-        json.loads(bytes(part[: int(size)].cpu().numpy()))
-        for part, size in zip(parts, sizes, strict=True)
-    ]

@@ -4,22 +4,31 @@ import logging
 import math
 import signal
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from data_tools.errors import EXIT_AGAIN, EXIT_DONE, CheckpointError, LaunchError, LecternError
+from data_tools.errors import (
+    EXIT_AGAIN,
+    EXIT_DONE,
+    CheckpointError,
+    DataError,
+    LaunchError,
+    LecternError,
+)
 from data_tools.stream.executor import StepBatches
 from data_tools.stream.faults import HoleCounter
 from data_tools.stream.hashing import hash_key
 from data_tools.stream.planner import DataState
 from train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
+from train.collectives import gather_json
 from train.config import Config, write_config
-from train.data import DataPath, describe, measure, open_data
+from train.data import DataPath, describe, fit_prior, measure, open_data
 from train.engine import build_engine, start_distributed
-from train.evaluate import Evaluation, Evaluator, gather_json
+from train.evaluate import Evaluator
 from train.modeling.packed import layout_of
 from train.monitor import Monitor, start_logging
 from train.ranks import Ranks
@@ -40,41 +49,48 @@ def train(config: Config, shards: Shards, ranks: Ranks) -> int:
         LecternError: for what the user must change, on every rank alike.
     """
     start_logging(ranks.rank)
-    if is_done(config.folder):
+    if read_status(config.folder).get("state") == "done":
         if ranks.is_main:
-            logger.info("%s is done; `python -m train.export` makes its folder", config.folder)
+            logger.info(
+                "%s is done; `python -m train.export %s` makes its folder, a fresh run.dir trains "
+                "again",
+                config.folder,
+                config.folder,
+            )
         return EXIT_DONE
     device = start_distributed(config, ranks)
     data = prepare_data(config, shards, ranks)
-    engine = build_engine(config, device)
-    trainer = Trainer(config, data, engine, ranks, device)
+    trainer = Trainer(config, data, build_engine(config, device), ranks, device)
     trainer.resume()
     try:
         code = trainer.run()
+    except BaseException as error:
+        trainer.monitor.status(state="failed", error=str(error) or type(error).__name__)
+        raise
     finally:
         trainer.monitor.close()
     dist.destroy_process_group()
     return code
 
 
-def is_done(folder: Path) -> bool:
-    """Return whether the stage has been trained to its end."""
-    return read_status(folder).get("state") == "done"
-
-
 def prepare_data(config: Config, shards: Shards, ranks: Ranks) -> DataPath:
-    """Measure lengths on rank 0 while the others wait, then open the sources everywhere."""
+    """Measure the data on rank 0 while the others wait, then open the sources everywhere."""
     failure = None
     if ranks.is_main:
         config.folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, config.folder / "config.yaml")
         try:
             measure(config, shards)
+            fit_prior(config, shards)
         except LecternError as error:
-            failure = str(error)
-    failures = [message for message in gather_json(failure, _device_of_group()) if message]
+            failure = [error.exit_code, str(error)]
+    # Measuring a large index takes longer than any step may: a group that waits.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    failures = [found for found in gather_json(failure, patient) if found]
+    dist.destroy_process_group(patient)
     if failures:
-        raise LaunchError(failures[0])
+        stop = DataError(failures[0][1])
+        stop.exit_code = failures[0][0]
+        raise stop
     data = open_data(config, shards)
     if ranks.is_main:
         for line in describe(data):
@@ -99,35 +115,39 @@ class Trainer:
         self.config, self.data, self.engine = config, data, engine
         self.ranks, self.device = ranks, device
         self.layout = layout_of(engine.module.model.config)
-        self.total_steps = estimate_steps(config, data.num_tokens, data.num_patches)
+        self.total_steps = estimate_steps(config, data.num_samples, data.samples_per_pack())
         self.step = 0
         self.state: DataState = data.first_state()
         self.stopping = EarlyStopping(config.stage.early_stopping)
         self.guard = CollapseGuard(config.stage.collapse, config.optim.lr)
         self.evaluator = Evaluator(config, data, self.layout, ranks, device)
         self.holes = HoleCounter(config.data.max_hole_share)
-        self.statistics = StepStatistics(config, ranks, device)
+        self.statistics = StepStatistics(ranks, device)
         self.monitor: Monitor = None  # type: ignore[assignment] # made by resume()
         self._signal: int | None = None
         # For dropout in adapters, the only draw that training makes by itself.
         torch.manual_seed(hash_key(config.run.seed, "dropout", ranks.rank) >> 1)
         self._num_bad_steps = 0
-        self._saved_step = -1
+        self._saved_step = self._evaluated_step = -1
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._on_signal)
 
     def resume(self) -> None:
         """Take up the newest valid checkpoint, if there is one."""
-        found = gather_json(self._newest_checkpoint(), self.device)[0]
+        found = gather_json(self._newest_checkpoint())[0]
         if found is not None:
+            wanted = [dict(group) for group in self.engine.optimizer.param_groups]
             state = load_checkpoint(self.engine, Path(found))
-            self._check_fingerprint(state)
+            self._check_settings(state)
+            self._apply_optim(wanted)
             self.step = self._saved_step = state["step"]
             self.state = DataState.from_json(state["data"])
             self.stopping.restore(state["stopping"])
             self.guard.restore(state["guard"])
             if self.ranks.is_main:
                 logger.info("resumed at step %d from %s", self.step, found)
+        if self.ranks.is_main:
+            write_config(self.config, self.config.folder / "config.yaml")
         self.monitor = Monitor(
             self.config.folder,
             is_main=self.ranks.is_main,
@@ -137,12 +157,10 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the stage, or to a signal; return the exit code."""
-        stage = self.config.stage
+        max_steps = self.config.stage.max_steps or math.inf
         pin = self.device.type != "cpu"
         steps = iter(self.data.executor(self.state, self.layout, self.ranks, pin))
-        while self.step < (stage.max_steps or math.inf):
-            if self.guard.is_due(self.step):
-                self.guard.update(self.step, self.evaluator.loss(self.engine))
+        while self.step < max_steps and not self.stopping.is_over:
             with self.statistics.waiting():
                 step = next(steps, None)
             if step is None:
@@ -150,11 +168,14 @@ class Trainer:
             agreement = self._agree(step)
             if agreement.must_stop:
                 return self._stop_for_signal()
+            if self.guard.is_due(self.step):
+                with self.statistics.aside():
+                    self.guard.update(self.step, self.evaluator.loss(self.engine))
             self._train_step(step, agreement.weight_sum)
             self.step, self.state = self.step + 1, step.state
-            self._after_step(step)
-            if self._evaluate_if_due():
-                break
+            self._report(step)
+            with self.statistics.aside():
+                self._evaluate_and_save()
         return self._finish()
 
     def _train_step(self, step: StepBatches, weight_sum: float) -> None:
@@ -199,73 +220,69 @@ class Trainer:
     def _is_log_step(self, step: int) -> bool:
         return step == 1 or step % self.config.monitor.log_every == 0
 
-    def _after_step(self, step: StepBatches) -> None:
+    def _report(self, step: StepBatches) -> None:
+        """Tell what the step was made of, and every few steps how it went."""
         holes = [hole for batch in step.batches for hole in batch.holes]
-        if any(gather_counts(len(holes), self.device)):
-            holes = [hole for part in gather_json(holes, self.device) for hole in part]
+        holes = [hole for part in gather_json(holes) for hole in part]
         self.monitor.step(self.step, step.step.plan_hash, holes, self.state.to_json())
         self.holes.add(sum(len(pack) for pack in step.step.packs), holes)
-        if self._is_log_step(self.step):
-            values = self.statistics.collect(self.engine)
-            values["train/epoch"] = self.data.epoch(self.state)
-            line = self.statistics.line(self.step, self.total_steps, values)
-            self.monitor.scalars(self.step, values, line)
-            self.monitor.status(
-                step=self.step,
-                epoch=round(values["train/epoch"], 3),
-                loss=round(values["train/loss"], 4),
-                tokens_per_s=round(values["speed/tokens_per_s"]),
-            )
-        if self.step % self.config.checkpoint.every_steps == 0:
+        if not self._is_log_step(self.step):
+            return
+        values = self.statistics.collect(self.engine)
+        values["train/epoch"] = self.data.epoch(self.state)
+        line = self.statistics.line(self.step, self.total_steps, values)
+        self.monitor.scalars(self.step, values, line)
+        self.monitor.status(
+            step=self.step,
+            epoch=round(values["train/epoch"], 3),
+            loss=round(values["train/loss"], 4),
+            tokens_per_s=round(values["speed/tokens_per_s"]),
+        )
+
+    def _evaluate_and_save(self) -> None:
+        """Do what is due after a step; the checkpoint comes last, so that it knows the rest."""
+        is_best = False
+        if self.step % self.config.evaluation.every_steps == 0:
+            is_best = self._evaluate()
+        if is_best or self.step % self.config.checkpoint.every_steps == 0:
             self._save()
 
-    def _evaluate_if_due(self) -> bool:
-        """Evaluate at the configured steps; return whether the stage should end here."""
-        if self.step % self.config.evaluation.every_steps:
-            return False
-        return self._evaluate()
-
     def _evaluate(self) -> bool:
-        evaluation = self.evaluator.run(self.engine)
+        """Evaluate; return whether this is the best step so far under early stopping."""
+        found = self.evaluator.run(self.engine)
+        self._evaluated_step = self.step
         metric = self.config.evaluation.metric
-        value = evaluation.loss if metric == "loss" else evaluation.report.cer.micro.value
-        should_stop = self.stopping.update(self.step, value)
-        self._show(evaluation)
-        if should_stop and self.ranks.is_main:
+        value = found.loss if metric == "loss" else found.text.cer.micro.value
+        is_best = self.stopping.update(self.step, value)
+        cer = found.text.cer.micro
+        self.monitor.scalars(
+            self.step,
+            found.scalars(),
+            f"step {self.step}: validation loss {found.loss:.3f}, CER {cer.value:.4f} "
+            f"[{cer.low:.4f}, {cer.high:.4f}], {found.text.num_documents} samples",
+        )
+        pages = [
+            (sample.key, found.images[sample.key], sample.prediction, sample.truth)
+            for sample in found.samples
+            if sample.key in found.images
+        ]
+        self.monitor.pages(self.step, pages[: self.config.monitor.num_images])
+        self.monitor.status(
+            metrics={name: round(value, 5) for name, value in found.scalars().items()},
+            best_step=self.stopping.best_step,
+        )
+        if self.stopping.is_over and self.ranks.is_main:
             logger.info(
-                "early stopping at step %d: best %s %.4f at step %d",
+                "early stopping at step %d: best %s %.4f at step %d, which is kept",
                 self.step,
                 metric,
                 self.stopping.best,
                 self.stopping.best_step,
             )
-        return should_stop
-
-    def _show(self, evaluation: Evaluation) -> None:
-        report = evaluation.report
-        values = {
-            "validation/loss": evaluation.loss,
-            "validation/cer": report.cer.micro.value,
-            "validation/wer": report.wer.micro.value,
-            "validation/character_accuracy": report.character_accuracy,
-            "validation/exact_match": report.exact_match.value,
-        }
-        line = (
-            f"step {self.step}: validation loss {evaluation.loss:.3f}, "
-            f"CER {report.cer.micro.value:.4f} [{report.cer.micro.low:.4f}, "
-            f"{report.cer.micro.high:.4f}], {report.num_documents} samples"
-        )
-        self.monitor.scalars(self.step, values, line)
-        pages = [
-            (r.key, evaluation.images[r.key], r.prediction, r.truth)
-            for r in evaluation.readings
-            if r.key in evaluation.images
-        ]
-        self.monitor.pages(self.step, pages[: self.config.monitor.num_images])
-        self.monitor.status(metrics={name: round(v, 5) for name, v in values.items()})
+        return is_best
 
     def _finish(self) -> int:
-        if self.step % self.config.evaluation.every_steps:
+        if self._evaluated_step != self.step:
             self._evaluate()
         self._save()
         self.monitor.status(state="done", step=self.step)
@@ -284,11 +301,13 @@ class Trainer:
         if self._saved_step == self.step:
             return
         self._saved_step = self.step
+        config = self.config.model_dump(mode="json")
         state = {
             "step": self.step,
             "data": self.state.to_json(),
             "stopping": self.stopping.state(),
             "guard": self.guard.state(),
+            "adapter": config["model"]["adapter"],
         }
         save_checkpoint(
             self.engine,
@@ -296,7 +315,9 @@ class Trainer:
             self.step,
             state,
             keep_last=self.config.checkpoint.keep_last,
+            keep_step=self.stopping.best_step,
             base={"path": self.config.model.path},
+            extra={"config": config},
         )
 
     def _newest_checkpoint(self) -> str | None:
@@ -306,15 +327,29 @@ class Trainer:
         found = newest_valid(self.config.folder / "checkpoints")
         return None if found is None else str(found)
 
-    def _check_fingerprint(self, state: dict[str, Any]) -> None:
+    def _check_settings(self, state: dict[str, Any]) -> None:
         saved = state["data"]["fingerprint"]
         if saved != self.data.mark:
             raise CheckpointError(
                 f"{self.config.folder}: the checkpoint was made with other data settings "
                 f"(fingerprint {saved}, now {self.data.mark}): shards, seed, tokenizer, templates, "
-                "pixel limits, transforms, budgets or selected lengths differ. Use the old ones or "
-                "a fresh run.dir"
+                "pixel limits, transforms, augmentation, character weights, budgets or selected "
+                "lengths differ. Use the old ones or a fresh run.dir"
             )
+        adapter = self.config.model_dump(mode="json")["model"]["adapter"]
+        if state["adapter"] != adapter:
+            raise CheckpointError(
+                f"{self.config.folder}: the checkpoint's model.adapter is {state['adapter']}, now "
+                f"{adapter}. Use the old one or a fresh run.dir"
+            )
+
+    def _apply_optim(self, wanted: list[dict[str, Any]]) -> None:
+        """Let the configuration decide the hyper-parameters, and say where they changed."""
+        for group, new in zip(self.engine.optimizer.param_groups, wanted, strict=True):
+            for key in ("peak_lr", "weight_decay", "betas", "eps"):
+                if tuple_of(group[key]) != tuple_of(new[key]) and self.ranks.is_main:
+                    logger.info("%s: %s %s -> %s", group["name"], key, group[key], new[key])
+                group[key] = new[key]
 
     def _check_finite(self) -> None:
         """Stop when steps in a row had no finite gradient (DeepSpeed skips such steps)."""
@@ -323,7 +358,7 @@ class Trainer:
         if self._num_bad_steps >= MAX_BAD_STEPS:
             raise LecternError(
                 f"{MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; "
-                "lower optim.lr or look at the samples in data.jsonl"
+                "lower optim.lr and start again: it goes on from the newest checkpoint"
             )
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -331,13 +366,6 @@ class Trainer:
         self._signal = number
 
 
-def gather_counts(count: int, device: torch.device) -> list[int]:
-    """Return every rank's count, by rank."""
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    counts[dist.get_rank()] = count
-    dist.all_reduce(counts)
-    return counts.tolist()
-
-
-def _device_of_group() -> str:
-    return "cpu" if dist.get_backend() == "gloo" else "cuda"
+def tuple_of(value: Any) -> Any:
+    """Return lists as tuples, so that a setting equals itself after JSON."""
+    return tuple(value) if isinstance(value, list) else value

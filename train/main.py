@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_tools.errors import EXIT_DEFECT, LecternError
-from train.config import check_paths, load_config
+from train.config import load_config
 from train.ranks import export_ranks, find_ranks, stop_all
 from train.shards import find_shards
 
@@ -45,7 +45,6 @@ def main() -> int:
     try:
         ranks = find_ranks()
         config = load_config(arguments.config, arguments.overrides)
-        check_paths(config)
         export_ranks(ranks, os.environ)
         shards = find_shards(config, ranks)
         if arguments.dry_run:

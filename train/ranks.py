@@ -25,6 +25,7 @@ class Ranks:
     local_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
+    num_cores: int | None = None  # bound to this rank alone; None: the ranks of a node share theirs
 
     @property
     def is_main(self) -> bool:
@@ -63,8 +64,15 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
             "one srun task per rank from slurm/stage1.sh, which exports it"
         )
     address, port = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
+    cores = env.get("SLURM_CPUS_PER_TASK") if "RANK" not in env else None
     return Ranks(
-        rank, local_rank, world_size, per_node_count, address, _number("MASTER_PORT", port)
+        rank,
+        local_rank,
+        world_size,
+        per_node_count,
+        address,
+        _number("MASTER_PORT", port),
+        _number("SLURM_CPUS_PER_TASK", cores) if cores else None,
     )
 
 
@@ -79,9 +87,7 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     environment["WORLD_SIZE"] = str(ranks.world_size)
     environment["MASTER_ADDR"] = ranks.master_addr
     environment["MASTER_PORT"] = str(ranks.master_port)
-    # A Slurm task is bound to its own cores; other launchers let the ranks of a node share all.
-    share = environment.get("SLURM_CPUS_PER_TASK")
-    threads = int(share) if share else len(os.sched_getaffinity(0)) // ranks.local_size
+    threads = ranks.num_cores or len(os.sched_getaffinity(0)) // ranks.local_size
     environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -91,12 +97,13 @@ def stop_all(error: LecternError, rank: int) -> None:
     """End every rank with the error's code, the message printed once.
 
     Launchers kill the other ranks at the first exit: those that are not rank 0 wait, so that rank 0
-    can speak before it is killed.
+    can speak before it is killed, and are killed themselves meanwhile.
     """
-    if rank == 0:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    else:
+    if rank != 0:
         time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+    # Still alive: rank 0 did not have this error, so it must be told here.
+    prefix = f"[rank {rank}] " if rank else ""
+    print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 

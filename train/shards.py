@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from data_tools.errors import LaunchError
+from data_tools.errors import ConfigError, DataError
 from data_tools.stream.index import expand
-from train.config import Config
+from train.config import Config, path_problems
 from train.ranks import Ranks
 
 
@@ -22,12 +22,33 @@ class Shards:
 
 
 def find_shards(config: Config, ranks: Ranks) -> Shards:
-    """Expand the shard patterns; raise a LecternError for whatever a user got wrong."""
+    """Expand the shard patterns and check every other path of a stage.
+
+    Raises:
+        ConfigError: one message with all that a user must change, each with its key.
+    """
+    problems = path_problems(config)
     if ranks.world_size > config.data.packs_per_step:
-        raise LaunchError(
-            f"{ranks.world_size} ranks but data.packs_per_step = {config.data.packs_per_step}: "
-            "some ranks would never have data. Use fewer ranks or more packs a step"
+        problems.append(
+            f"data.packs_per_step = {config.data.packs_per_step} but there are {ranks.world_size} "
+            "ranks: some would never have data. Use fewer ranks or more packs a step"
         )
-    return Shards(
-        [expand([source.shards]) for source in config.data.train], expand(config.data.validation)
-    )
+    train = [
+        _expand(f"data.train.{number}", [source.shards], problems)
+        for number, source in enumerate(config.data.train)
+    ]
+    validation = _expand("data.validation", config.data.validation, problems)
+    both = sorted({shard for part in train for shard in part} & set(validation))
+    if both:
+        problems.append(f"data.validation: {both[0]} is trained on as well; keep them apart")
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    return Shards(train, validation)
+
+
+def _expand(key: str, patterns: list[str], problems: list[str]) -> list[str]:
+    try:
+        return expand(patterns)
+    except DataError as error:
+        problems.append(f"{key}: {error}")
+        return []

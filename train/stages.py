@@ -6,7 +6,6 @@ Stage 2 trains everything. With an adapter only the adapter trains, in the same 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,13 +70,16 @@ def lr_factor(step: int, total_steps: int, optim: OptimConfig) -> float:
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left
 
 
-def estimate_steps(config: Config, tokens: float, patches: float) -> int:
-    """Return the steps of the stage: of all epochs' tokens and patches, or `max_steps`.
+def estimate_steps(config: Config, num_samples: int, samples_per_pack: float) -> int:
+    """Return the steps of the stage: of all epochs' samples, or `max_steps`.
 
-    The planner fills packs to 99.9 % and more, so that the budgets give the number of packs.
+    Args:
+        config: of the stage.
+        num_samples: of one epoch.
+        samples_per_pack: mean over the first packs of the plan.
     """
-    packs = max(tokens / config.data.token_budget, patches / config.data.patches)
-    by_epochs = math.ceil(packs * config.stage.epochs / config.data.packs_per_step)
+    packs = num_samples * config.stage.epochs / samples_per_pack
+    by_epochs = math.ceil(packs / config.data.packs_per_step)
     return min(by_epochs, config.stage.max_steps or by_epochs)
 
 
@@ -91,14 +93,20 @@ class EarlyStopping:
     num_bad: int = 0
 
     def update(self, step: int, metric: float) -> bool:
-        """Take in an evaluation; return whether the stage should end."""
+        """Take in an evaluation; return whether it is the best so far."""
         if self.settings is None:
             return False
-        if metric < self.best - self.settings.min_delta:
+        is_best = metric < self.best - self.settings.min_delta
+        if is_best:
             self.best, self.best_step, self.num_bad = metric, step, 0
         else:
             self.num_bad += 1
-        return self.num_bad >= self.settings.patience
+        return is_best
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stage should end."""
+        return self.settings is not None and self.num_bad >= self.settings.patience
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run must know."""
@@ -156,8 +164,3 @@ class CollapseGuard:
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.first_loss, self.num_high = state["first_loss"], state["num_high"]
-
-
-def trainable_names(model: Any) -> Iterator[str]:
-    """Yield the names of the parameters that train."""
-    return (name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -11,32 +11,33 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 
 from data_tools.stream.collate import Batch
-from train.config import Config
 from train.modeling.loss import LossOutput
 from train.modeling.names import module_group
 from train.ranks import Ranks
 
-FIELDS = ("weighted", "weights", "nll", "correct", "labels", "tokens", "padding", "documents")
+ON_DEVICE = ("weighted", "nll", "correct")
+ON_HOST = ("weights", "labels", "tokens", "padding", "documents")
 
 
 class StepStatistics:
     """Sums over the micro-steps since the last log line; nothing is read from the device before."""
 
-    def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
-        self._config, self._ranks, self._device = config, ranks, device
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks, self._device = ranks, device
         self.norms: dict[str, float] = {}
         self._reset()
 
     def add(self, batch: Batch, output: LossOutput) -> None:
         """Take in a micro-step."""
-        labelled = len(batch.targets) if batch.weight_sum else 0
-        host = (batch.weight_sum, labelled, batch.num_tokens, batch.num_pad_tokens, len(batch.keys))
-        self._sums[0] += output.weighted_sum.detach().double()
-        if labelled:
-            self._sums[2] += output.token_nll.sum().double()
-            self._sums[3] += output.is_correct.sum()
-        for place, value in zip((1, 4, 5, 6, 7), host, strict=True):
-            self._host[place] += value
+        self._host["weights"] += batch.weight_sum
+        self._host["tokens"] += batch.num_tokens
+        self._host["padding"] += batch.num_pad_tokens
+        self._host["documents"] += len(batch.keys)
+        if batch.weight_sum == 0:
+            return
+        self._host["labels"] += len(batch.targets)
+        values = (output.weighted_sum.detach(), output.token_nll.sum(), output.is_correct.sum())
+        self._sums += torch.stack([value.double() for value in values])
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -45,19 +46,29 @@ class StepStatistics:
         yield
         self._waited_s += time.perf_counter() - start
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the time of an evaluation or a save out of the speed."""
+        start = time.perf_counter()
+        yield
+        self._start_s += time.perf_counter() - start
+
     def collect(self, engine: Any) -> dict[str, float]:
         """Return the values since the last call, over all ranks (a collective), and start anew."""
-        sums = self._sums + torch.tensor(self._host, dtype=torch.float64, device=self._device)
-        dist.all_reduce(sums)
-        total = dict(zip(FIELDS, sums.tolist(), strict=True))
         elapsed_s = max(time.perf_counter() - self._start_s, 1e-9)
+        host = [self._host[name] for name in ON_HOST]
+        sums = torch.cat([self._sums, torch.tensor(host, dtype=torch.float64, device=self._device)])
+        wait = torch.tensor(self._waited_s / elapsed_s, dtype=torch.float64, device=self._device)
+        dist.all_reduce(sums)
+        dist.all_reduce(wait, op=dist.ReduceOp.MAX)  # the others wait for the slowest
+        total = dict(zip(ON_DEVICE + ON_HOST, sums.tolist(), strict=True))
         values = {
             "train/loss": total["weighted"] / max(total["weights"], 1),
             "train/nll": total["nll"] / max(total["labels"], 1),
             "train/token_accuracy": total["correct"] / max(total["labels"], 1),
             "speed/tokens_per_s": total["tokens"] / elapsed_s,
             "speed/documents_per_s": total["documents"] / elapsed_s,
-            "speed/data_wait_share": self._waited_s / elapsed_s,
+            "speed/data_wait_share": float(wait),
             "speed/padding_share": total["padding"] / max(total["tokens"] + total["padding"], 1),
             "gradient/skipped_steps": float(engine.skipped_steps),
         }
@@ -81,8 +92,8 @@ class StepStatistics:
         )
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(len(FIELDS), dtype=torch.float64, device=self._device)
-        self._host = [0.0] * len(FIELDS)
+        self._sums = torch.zeros(len(ON_DEVICE), dtype=torch.float64, device=self._device)
+        self._host = dict.fromkeys(ON_HOST, 0.0)
         self._waited_s = 0.0
         self._start_s = time.perf_counter()
 

@@ -17,6 +17,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": config.parallel.precision == "bf16"},
+        # In bf16 the sum over micro-steps would lose what each of them adds.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.parallel.zero_stage,

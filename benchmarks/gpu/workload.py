@@ -43,13 +43,14 @@ FIRST_SPECIAL = 32_000  # ids of the mid-size vocabulary from here on are specia
 def make_model(device: torch.device, *, tiny: bool) -> PackedModel:
     """Return a packed model with random weights: 0.45 B parameters in bf16, or tiny in float32."""
     config = tiny_config(hidden=64, layers=2) if tiny else _mid_size_config()
+    precision = "fp32" if device.type == "cpu" else "bf16"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         model = build_model(
             folder,
             init="scratch",
-            precision="fp32" if device.type == "cpu" else "bf16",
-            attention=choose_attention("auto", device.type),
+            precision=precision,
+            attention=choose_attention("auto", device.type, precision),
             seed=0,
         )
     normalizer = PixelNormalizer([0.5, 0.5, 0.5], [0.27, 0.27, 0.27])

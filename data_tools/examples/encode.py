@@ -6,7 +6,7 @@ token may span the border between them.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,6 @@ class Example:
         images: (H, W, 3) uint8 each.
         target_positions: (L,) int64, positions in `input_ids` of the tokens to be predicted.
         weights: (L,) float32 loss weight of each of them.
-        extra: what a caller wants to carry along (the answer's text, for logs).
     """
 
     key: str
@@ -83,7 +82,6 @@ class Example:
     images: tuple[np.ndarray, ...]
     target_positions: np.ndarray
     weights: np.ndarray
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def grid_thw(self) -> np.ndarray:
@@ -203,15 +201,17 @@ class Encoder:
             ids += self._plain_ids(head[done:])
             answer, offsets = self._tokenize_answer(turn.text)
             targets.append(np.arange(len(ids), len(ids) + len(answer) + 1))
-            weights += [token_weights(turn.spans, offsets, self.prior), self._end_weight]
+            weights += [token_weights(turn.spans, offsets, self.prior), self._end_weight(turn)]
             ids += [*answer, self.end_id]
             done = len(head) + len(turn.text) + len(END_OF_TURN)
         if is_open:
             ids += self._plain_ids(whole[done:])
         return np.asarray(ids, np.int64), np.concatenate(targets), np.concatenate(weights)
 
-    @property
-    def _end_weight(self) -> np.ndarray:
+    def _end_weight(self, turn: Turn) -> np.ndarray:
+        """Return the (1,) weight of an answer's end token: 0 if nothing of the answer counts."""
+        if turn.spans and all(span.weight == 0 for span in turn.spans):
+            return np.zeros(1, np.float32)
         return np.asarray([1 / self.prior.mean if self.prior else 1.0], np.float32)
 
     def _expand(self, ids: np.ndarray, images: tuple[np.ndarray, ...]) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Which question is asked of which page in which epoch: recipe + Sample -> conversation.
 
 A recipe is a list of (template, weight). The choice is a pure function of (seed, key, epoch), so
-every rank, worker and resumed run asks the same question.
+every rank, worker and resumed run asks the same question. It falls on what the sample has an answer
+for: a page without fields is never asked for them.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from data_tools.errors import ConfigError, DataError
 from data_tools.examples.images import scale_box
@@ -86,16 +90,38 @@ class Recipe:
                 "weight of at least 0 for each template, and a positive sum"
             )
 
-    def choose(self, key: str, epoch: int) -> int:
-        """Return the index of the template for a sample in an epoch."""
-        if len(self.templates) == 1:
-            return 0
-        point = unit_interval(hash_key(self.seed, "task", key, epoch)) * sum(self.weights)
-        for index, weight in enumerate(self.weights):
-            point -= weight
+    def choose(self, key: str, epoch: int, answerable: Sequence[bool] | None = None) -> int:
+        """Return the index of the template for a sample in an epoch.
+
+        Args:
+            key: of the sample.
+            epoch: counted from 0.
+            answerable: which templates the sample has an answer for, all by default; the others are
+                never chosen, and the weights of these make up the shares.
+        """
+        can = answerable if answerable is not None else (True,) * len(self.weights)
+        weights = [w if is_able else 0.0 for w, is_able in zip(self.weights, can, strict=True)]
+        possible = [index for index, weight in enumerate(weights) if weight > 0]
+        if len(possible) == 1:
+            return possible[0]
+        point = unit_interval(hash_key(self.seed, "task", key, epoch)) * sum(weights)
+        for index in possible:
+            point -= weights[index]
             if point < 0:
                 return index
-        return len(self.weights) - 1
+        return possible[-1]
+
+    def shares(self, answerable: np.ndarray) -> np.ndarray:
+        """Return how often each template is chosen for each sample, over many epochs.
+
+        Args:
+            answerable: (templates, n) bool.
+
+        Returns:
+            (templates, n) float64; the shares of a sample add up to 1.
+        """
+        weights = np.asarray(self.weights)[:, None] * answerable
+        return weights / weights.sum(axis=0)
 
 
 def ask(

@@ -5,7 +5,7 @@ that nothing on the device has to be asked. Shapes: T tokens, D documents, I ima
 L label tokens.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class Batch:
         vision_max_window_seqlen: patches of the largest window.
         vision_window_index: (P / 4,) int64.
         vision_position_ids: (P, 2) int64.
+        image_index: (P / 4,) int64, the places of the image features in the row; empty for a dummy.
         targets: (L,) int64 ids to be predicted.
         target_index: (L,) int64, where they are predicted: label position - 1.
         weights: (L,) float32.
@@ -74,6 +75,7 @@ class Batch:
     vision_max_window_seqlen: int
     vision_window_index: Tensor
     vision_position_ids: Tensor
+    image_index: Tensor
     targets: Tensor
     target_index: Tensor
     weights: Tensor
@@ -81,7 +83,6 @@ class Batch:
     keys: tuple[str, ...]
     holes: tuple[dict[str, Any], ...] = ()
     num_pad_tokens: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -151,6 +152,7 @@ def collate(
         vision_max_window_seqlen=int(cu_windows.diff().max()),
         vision_window_index=window_index,
         vision_position_ids=get_vision_position_ids(grid, MERGE),
+        image_index=torch.from_numpy(np.flatnonzero(input_ids == layout.image_pad_id)),
         targets=torch.from_numpy(input_ids[labels]),
         target_index=torch.from_numpy(labels - 1),
         weights=torch.from_numpy(weights),

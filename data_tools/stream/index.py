@@ -11,12 +11,11 @@ import json
 import os
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+import braceexpand
 import fsspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,6 +23,7 @@ from safetensors.numpy import save
 
 from data_tools.errors import DataError
 from data_tools.sample import IMAGE_EXTENSIONS, Sample
+from data_tools.stream.files import OpenFiles, write_atomically
 
 INDEX_VERSION = "1"
 FINGERPRINT_BYTES = 65536
@@ -79,10 +79,6 @@ class ShardIndex:
             images.append(data[begin : begin + int(self.image_size[image])])
         return Sample.from_json(self.keys[row], record, tuple(images))
 
-    @cached_property
-    def _file(self) -> Any:
-        return fsspec.open(self.path, "rb").open()
-
     def read(self, row: int) -> Sample:
         """Read one sample: one range read of the tar.
 
@@ -91,8 +87,7 @@ class ShardIndex:
             DataError: if the sample is malformed.
         """
         offset, size = int(self.offset[row]), int(self.size[row])
-        self._file.seek(offset)
-        data = self._file.read(size)
+        data = _open_shards.read(self.path, self.identity, offset, size)
         header = data[max(0, int(self.json_start[row]) - BLOCK_BYTES) :][:BLOCK_BYTES]
         if len(data) != size or not _is_header_of(header, self.keys[row]):
             raise ShardChangedError(
@@ -112,7 +107,8 @@ def index_shard(shard: str) -> ShardIndex:
     """Index one shard, write the index beside it and return it.
 
     Raises:
-        DataError: if the tar is damaged, a sample's members are not adjacent, or one has no JSON.
+        DataError: if the tar is damaged, a sample's members are not adjacent, one has no JSON, or
+            the index cannot be written beside the shard.
     """
     identity = _identity(shard)
     index = _scan(shard, identity["sha256_of_ends"])
@@ -121,15 +117,6 @@ def index_shard(shard: str) -> ShardIndex:
     columns["keys"] = np.frombuffer(blob, np.uint8)
     write_atomically(index_path(shard), save(columns, {"version": INDEX_VERSION} | identity))
     return index
-
-
-def write_atomically(url: str, data: bytes) -> None:
-    """Write a file in one piece; several processes may do so at a time, the last one wins."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
-    with filesystem.open(temporary, "wb") as file:
-        file.write(data)
-    filesystem.mv(temporary, path)
 
 
 def open_index(shard: str) -> ShardIndex:
@@ -166,22 +153,32 @@ def open_index(shard: str) -> ShardIndex:
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """Return the shards that paths, URLs and globs name, sorted within each pattern.
+    """Return the shards that paths, URLs, globs and braces name, sorted within each glob.
+
+    Braces are those of WebDataset: `shards/train-{000000..000012}.tar`, `{train,extra}-*.tar`.
 
     Raises:
-        DataError: if a pattern matches nothing.
+        DataError: if a pattern, or a part of its braces, matches nothing.
     """
-    found: list[str] = []
-    for pattern in patterns:
-        filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
-        matches = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
-        if not matches or not filesystem.exists(matches[0]):
-            raise DataError(
-                f"no shard matches {pattern}; build some with `python -m data_tools.build SRC OUT`"
-            )
-        is_local = "file" in _protocols(filesystem)
-        found += matches if is_local else [filesystem.unstrip_protocol(match) for match in matches]
-    return found
+    return [
+        shard
+        for pattern in patterns
+        for part in _braces(pattern)
+        for shard in _match(part, pattern)
+    ]
+
+
+def same_shards(first: list[str], second: list[str]) -> list[str]:
+    """Return the shards that both lists name, however they write them; links are followed.
+
+    Args:
+        first: paths or URLs (`expand`).
+        second: likewise.
+
+    Returns:
+        Resolved paths, sorted.
+    """
+    return sorted({_resolve(shard) for shard in first} & {_resolve(shard) for shard in second})
 
 
 def iterate_samples(patterns: list[str]) -> Iterator[Sample]:
@@ -191,6 +188,8 @@ def iterate_samples(patterns: list[str]) -> Iterator[Sample]:
         for row in range(len(index)):
             yield index.read(row)
 
+
+_open_shards = OpenFiles()
 
 _COLUMNS = (
     "offset",
@@ -348,6 +347,38 @@ def _identity(shard: str) -> dict[str, str]:
         file.seek(max(0, size - FINGERPRINT_BYTES))
         digest.update(file.read(FINGERPRINT_BYTES))
     return {"tar_bytes": str(size), "sha256_of_ends": digest.hexdigest()}
+
+
+def _braces(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(
+            f"shard pattern {pattern}: a brace is not closed; write a range as "
+            "train-{000000..000012}.tar"
+        ) from error
+
+
+def _match(part: str, pattern: str) -> list[str]:
+    filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(part))
+    matches = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
+    if not matches or not filesystem.exists(matches[0]):
+        whole = "" if part == pattern else f", a part of {pattern}"
+        raise DataError(
+            f"no shard matches {part}{whole}; build some with `python -m data_tools.build SRC OUT`"
+        )
+    if "file" in _protocols(filesystem):
+        return matches
+    return [filesystem.unstrip_protocol(match) for match in matches]
+
+
+def _resolve(shard: str) -> str:
+    filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(shard))
+    if "file" in _protocols(filesystem):
+        return os.path.realpath(path)
+    return str(filesystem.unstrip_protocol(path))
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """How long every sample is for a tokenizer, a recipe and image settings: one cache file a shard.
 
 Lengths carry a fingerprint of all that they depend on; a run with other settings makes its own.
-Samples that cannot be used (no answer for a template, an image of absurd shape) get length 0 and a
-reason, and are left out of the order.
+A sample has length 0 for a template that it has no answer for. Samples that cannot be used at all
+(an answer for none of the templates, an image of absurd shape) have a reason besides, and are left
+out of the order.
 """
 
 import hashlib
@@ -23,9 +24,10 @@ from data_tools.examples.encode import Encoder
 from data_tools.examples.images import decode, num_visual_tokens
 from data_tools.examples.tasks import COORDINATE_DIGITS, Recipe, ask
 from data_tools.sample import Sample
-from data_tools.stream.index import ShardChangedError, ShardIndex, open_index, write_atomically
+from data_tools.stream.files import write_atomically
+from data_tools.stream.index import ShardChangedError, ShardIndex, open_index
 
-LENGTHS_VERSION = 2
+LENGTHS_VERSION = 3
 CHUNK = 500  # samples of one unit of parallel work
 
 
@@ -37,7 +39,7 @@ class Lengths:
         text: (templates, n) uint32, tokens without image pads; 0 where the template has no answer.
         targets: (templates, n) uint32, label tokens.
         visual: (n,) uint32, visual tokens of all images; a vision patch is a quarter of one.
-        reasons: row -> why a sample cannot be used.
+        reasons: row -> why a sample can be used with no template.
     """
 
     text: np.ndarray
@@ -190,6 +192,7 @@ def _measure_chunk(shard: str, start: int, stop: int) -> tuple[np.ndarray, dict[
 
 
 def _measure(sample: Sample, encoder: Encoder, recipe: Recipe) -> list[int]:
+    """Return a column of `_measure_chunk`; DataError if the sample can be used with no template."""
     sizes = []
     for number, page in enumerate(sample.images):
         if encoder.images.keeps_size:
@@ -201,10 +204,15 @@ def _measure(sample: Sample, encoder: Encoder, recipe: Recipe) -> list[int]:
     visual = sum(num_visual_tokens(*size) for size in sizes)
     # No coordinate of an answer has more digits than the longest side.
     digits = max([COORDINATE_DIGITS, *(len(str(max(size))) for size in sizes)])
-    counts = [
-        encoder.count(ask(sample, template, coordinate_digits=digits))
-        for template in recipe.templates
-    ]
+    counts, reasons = [], []
+    for template in recipe.templates:
+        try:
+            counts.append(encoder.count(ask(sample, template, coordinate_digits=digits)))
+        except DataError as error:
+            counts.append((0, 0))
+            reasons.append(error)
+    if len(reasons) == len(counts):
+        raise reasons[0]
     return [*(text for text, _ in counts), *(targets for _, targets in counts), visual]
 
 

@@ -36,7 +36,7 @@ Pack = tuple[PlannedSample, ...]
 class DrawableSource(Protocol):
     """An endless stream of samples, addressed by draw number: draw = epoch * size + position."""
 
-    weight: float
+    weight: float  # of interleaving: how densely its samples lie in the plan while it lasts
 
     def __len__(self) -> int:
         """Return the samples of an epoch."""
@@ -53,7 +53,7 @@ class DataState:
         fingerprint: of index, tokenizer, recipe and image settings.
         step: the next step.
         cursors: draws made from each source.
-        used: samples taken from each source, which mixing goes by.
+        used: samples taken from each source, which interleaving goes by.
         window: (source, draw) of the candidates that are not packed yet, oldest first.
     """
 
@@ -135,9 +135,13 @@ def pack_cost(pack: Pack) -> int:
 class Planner:
     """Makes steps of `packs_per_step` packs out of weighted sources, for a number of epochs.
 
+    Each source is seen exactly `epochs` times. The weights decide nothing but how the sources are
+    interleaved: of two that are both in progress, one of weight 2 gives two samples to each sample
+    of one of weight 1. It therefore ends sooner, and what is left of the other comes last.
+
     Args:
         sources: the streams to draw from.
-        epochs: how often each source is seen; a source leaves at its end.
+        epochs: how often each source is seen, whatever its weight; a source leaves at its end.
         token_budget: tokens of a pack at most.
         patch_budget: vision patches of a pack at most.
         packs_per_step: M, the global batch in packs.

@@ -9,12 +9,13 @@ from data_tools.examples.tasks import Recipe
 from data_tools.sample import Sample
 from data_tools.stream.hashing import hash_key
 from data_tools.stream.index import ShardIndex, open_index
-from data_tools.stream.lengths import read_lengths
+from data_tools.stream.lengths import Lengths, read_lengths
 from data_tools.stream.order import EpochOrder
 from data_tools.stream.planner import PlannedSample
 
 BLOCK = 4096
 PATCHES_PER_VISUAL_TOKEN = 4
+NEVER_ASKED = "has an answer only for templates of weight 0"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class Source:
         usable: (n,) int64 ids of the samples that are used, ascending.
         tokens: (templates, all) int64 text and visual tokens.
         patches: (all,) int64 vision patches.
+        answerable: (templates, all) bool, whether a sample has an answer for a template and fits a
+            pack with it; a usable sample has at least one.
         left_out: why samples are not used -> (how many, the first one's key).
-        weight: share in a mix of sources.
+        weight: how densely its samples lie among those of other sources, as long as both last.
+            Every source is seen exactly as often as the plan has epochs, whatever its weight.
     """
 
     shards: list[ShardIndex]
@@ -44,6 +48,7 @@ class Source:
     usable: np.ndarray
     tokens: np.ndarray
     patches: np.ndarray
+    answerable: np.ndarray
     left_out: dict[str, tuple[int, str]]
     weight: float = 1.0
     _orders: dict[tuple[int, int], EpochOrder] = field(default_factory=dict, init=False)
@@ -60,7 +65,8 @@ class Source:
         """Return the sample of a draw; divided by the size it gives epoch and position."""
         epoch, position = divmod(number, len(self))
         sample_id = int(self.usable[self._position(source, epoch, position)])
-        template = self.recipe.choose(self.key(sample_id), epoch)
+        key, answerable = self.key(sample_id), self.answerable[:, sample_id]
+        template = self.recipe.choose(key, epoch, answerable.tolist())
         return PlannedSample(
             source,
             number,
@@ -70,6 +76,11 @@ class Source:
             int(self.tokens[template, sample_id]),
             int(self.patches[sample_id]),
         )
+
+    @property
+    def shares(self) -> np.ndarray:
+        """(templates, n) float64: how often each question is asked of each usable sample."""
+        return self.recipe.shares(self.answerable[:, self.usable])
 
     def key(self, sample_id: int) -> str:
         """Return the name of a sample."""
@@ -119,10 +130,10 @@ def open_source(
         shards: paths or URLs.
         mark: fingerprint of the lengths.
         recipe: the run's templates.
-        budgets: a sample that exceeds them alone is left out, never cut.
+        budgets: a sample that exceeds them alone with a template is never asked that, nor cut.
         max_chars: leave out samples with more annotated characters.
         min_chars: leave out samples with fewer.
-        weight: share in a mix.
+        weight: how the samples of several sources are interleaved (`Source`).
 
     Raises:
         DataError: if nothing usable remains.
@@ -136,19 +147,34 @@ def open_source(
     patches = visual * PATCHES_PER_VISUAL_TOKEN
     keys = [key for index in indexes for key in index.keys]
 
-    broken = (text == 0).any(axis=0)
-    too_long = ~broken & ((tokens.max(axis=0) > budgets.tokens) | (patches > budgets.patches))
+    answered = (text > 0) & (np.asarray(recipe.weights)[:, None] > 0)
+    answerable = answered & (tokens <= budgets.tokens) & (patches <= budgets.patches)
+    broken = answered.sum(axis=0) == 0
+    too_long = ~broken & (answerable.sum(axis=0) == 0)
     outside = (chars < min_chars) | (chars > (max_chars or np.iinfo(np.int64).max))
-    left_out: dict[str, tuple[int, str]] = {}
-    for index, part in zip(indexes, lengths, strict=True):
-        for row, reason in part.reasons.items():
-            count, first = left_out.get("unusable", (0, f"{index.keys[row]}: {reason}"))
-            left_out["unusable"] = (count + 1, first)
-    for name, mask in (("longer than a pack", too_long), ("not in the selected lengths", outside)):
-        if (mask & ~broken).any():
-            ids = np.flatnonzero(mask & ~broken)
-            left_out[name] = (len(ids), keys[ids[0]])
+    left_out = {
+        name: (int(mask.sum()), keys[int(np.argmax(mask))])
+        for name, mask in (
+            ("unusable", broken),
+            ("longer than a pack", too_long),
+            ("not in the selected lengths", outside & ~broken),
+        )
+        if mask.any()
+    }
+    if broken.any():
+        count, first = left_out["unusable"]
+        left_out["unusable"] = (count, f"{first}: {_first_reason(lengths, broken)}")
     usable = np.flatnonzero(~broken & ~too_long & ~outside)
     if not len(usable):
         raise DataError(f"none of the {len(keys)} samples of {shards[0]} ... is usable: {left_out}")
-    return Source(indexes, recipe, usable, tokens, patches, left_out, weight)
+    return Source(indexes, recipe, usable, tokens, patches, answerable, left_out, weight)
+
+
+def _first_reason(lengths: list[Lengths], broken: np.ndarray) -> str:
+    """Return why the first of the samples, marked over all shards, cannot be used."""
+    row = int(np.argmax(broken))
+    for part in lengths:
+        if row < len(part.visual):
+            return part.reasons.get(row, NEVER_ASKED)
+        row -= len(part.visual)
+    return NEVER_ASKED

@@ -214,6 +214,96 @@ def start_and_catch(config_path: Path) -> str:
     return "resumed"
 
 
+def test_killed_between_evaluations_stops_as_early_as_undisturbed(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    stage = {"number": 2, "max_steps": 20, "early_stopping": {"patience": 2, "min_delta": 1e6}}
+    ends = []
+    for name in ("whole", "cut"):
+        record = run_record(tmp_path / name, model, shards, stage=stage)
+        record["evaluation"] |= {"every_steps": 2, "num_samples": 2, "max_new_tokens": 1}
+        record["checkpoint"] |= {"every_steps": 2, "keep_last": 1}
+        config = write_run(tmp_path / f"{name}.yaml", record)
+        if name == "cut":
+            run_ranks(1, run_until_step, config, 4, timeout_s=60)
+        run_ranks(1, run_to_end, config, timeout_s=60)
+        checkpoints = sorted(p.name for p in (tmp_path / name).rglob("step-*"))
+        ends.append(checkpoints)
+    # The first evaluation is the best, two more end the stage; the best checkpoint is kept.
+    assert ends[0] == ["step-00000002", "step-00000006"]
+    assert ends[1] == ends[0]
+
+
+def run_until_step(config_path: Path, step: int) -> None:
+    """Train and vanish after a step's checkpoint, as a killed process does."""
+    trainer = start(config_path)
+    report = trainer._report
+
+    def report_or_die(batches: Any) -> None:
+        if trainer.step > step:
+            raise KeyboardInterrupt
+        report(batches)
+
+    trainer._report = report_or_die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+
+
+def test_changed_learning_rate_acts_on_resume(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    record = run_record(tmp_path / "run", model, shards, stage={"number": 2, "max_steps": 1})
+    run_ranks(1, run_to_end, write_run(tmp_path / "c.yaml", record), timeout_s=60)
+    (tmp_path / "run" / "stage2" / "status.json").unlink()
+    record["optim"] |= {"lr": 5e-6, "weight_decay": 0.3}
+    settings = run_ranks(1, optim_settings, write_run(tmp_path / "c.yaml", record), timeout_s=60)
+    assert settings[0] == [(5e-6, 0.3), (5e-6, 0.0)] * 3 + [(5e-6, 0.3)]
+
+
+def optim_settings(config_path: Path) -> list[tuple[float, float]]:
+    trainer = start(config_path)
+    groups = sorted(trainer.engine.optimizer.param_groups, key=lambda g: g["name"] == "lm_head")
+    return [(g["peak_lr"], g["weight_decay"]) for g in sorted(groups, key=_order)]
+
+
+def _order(group: dict[str, Any]) -> tuple[bool, str]:
+    return group["name"] == "lm_head", group["name"]
+
+
+def test_bf16_gradients_are_summed_in_float32(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    record = run_record(tmp_path / "run", model, shards)
+    record["parallel"] |= {"precision": "bf16"}
+    dtypes = run_ranks(2, gradient_dtype, write_run(tmp_path / "c.yaml", record), timeout_s=60)
+    assert dtypes == ["torch.float32"] * 2
+
+
+def gradient_dtype(config_path: Path) -> str:
+    trainer = start(config_path)
+    return str(trainer.engine.optimizer.grad_partitions_flat_buffer.dtype)
+
+
+def test_character_weights_train_and_leave_the_validation_loss_alone(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    found = []
+    for prior in (None, {"rarity": 0.25, "critical": 0.5, "fields": {"total": 2.0}}):
+        record = run_record(tmp_path / str(bool(prior)), model, shards, loss={"char_prior": prior})
+        config = write_run(tmp_path / "c.yaml", record)
+        found.append(run_ranks(2, validation_loss_and_curve, config, timeout_s=90)[0])
+    (plain_loss, plain_curve), (weighted_loss, weighted_curve) = found
+    assert weighted_loss == pytest.approx(plain_loss, rel=1e-6)
+    assert weighted_curve != pytest.approx(plain_curve, rel=1e-4)
+
+
+def validation_loss_and_curve(config_path: Path) -> tuple[float, list[float]]:
+    trainer = start(config_path)
+    loss = trainer.evaluator.loss(trainer.engine)
+    trainer.run()
+    return loss, losses_of(trainer.config.folder)
+
+
 def test_evaluation_reads_the_same_on_1_and_2_ranks(
     tmp_path: Path, model: Path, shards: list[str]
 ) -> None:
@@ -231,7 +321,7 @@ def test_evaluation_reads_the_same_on_1_and_2_ranks(
 def evaluate(config_path: Path) -> tuple[float, list[tuple[str, str]]]:
     trainer = start(config_path)
     evaluation = trainer.evaluator.run(trainer.engine)
-    return evaluation.loss, [(r.key, r.prediction) for r in evaluation.readings]
+    return evaluation.loss, [(r.key, r.prediction) for r in evaluation.samples]
 
 
 def test_evaluation_reads_as_the_exported_folder_does(
@@ -259,19 +349,33 @@ def train_and_read(config_path: Path) -> list[tuple[str, str]]:
     trainer = start(config_path)
     trainer.run()
     evaluation = trainer.evaluator.run(trainer.engine)
-    return [(r.key, r.prediction) for r in evaluation.readings]
+    return [(r.key, r.prediction) for r in evaluation.samples]
 
 
 def test_recomputation_does_not_change_the_loss(
     tmp_path: Path, model: Path, shards: list[str]
 ) -> None:
-    curves = []
+    curves, forwards = [], []
     for recompute in (False, True):
         record = run_record(tmp_path / f"run{recompute}", model, shards)
         record["parallel"] |= {"recompute": recompute}
         config = write_run(tmp_path / f"{recompute}.yaml", record)
-        curves.append(run_ranks(2, run_to_end, config, timeout_s=90)[0])
+        curve, count = run_ranks(2, losses_and_block_forwards, config, timeout_s=90)[0]
+        curves.append(curve)
+        forwards.append(count)
     assert curves[1] == pytest.approx(curves[0], rel=RTOL_FP32)
+    assert forwards[1] == 2 * forwards[0]  # each block once more, from the first step on
+
+
+def losses_and_block_forwards(config_path: Path) -> tuple[list[float], int]:
+    trainer = start(config_path)
+    block = trainer.engine.module.model.model.language_model.layers[0]
+    calls: list[int] = []
+    block.input_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.evaluator.loss = lambda engine: 0.0  # type: ignore[method-assign]
+    trainer._evaluate = lambda: False  # type: ignore[method-assign]
+    trainer.run()
+    return losses_of(trainer.config.folder), len(calls)
 
 
 def test_bf16_trains_with_float32_rotary_frequencies(
@@ -341,10 +445,10 @@ def test_a_run_counts_broken_samples_and_stops_above_the_share(tmp_path: Path, m
     samples[3] = dataclasses.replace(samples[3], image_bytes=(broken,))
     shard = str(write_shard(tmp_path / "train-000000.tar", samples))
     record = run_record(tmp_path / "run", model, [shard], stage={"number": 2, "max_steps": 4})
-    record["data"] |= {"max_hole_share": 0.5, "validation": [shard]}
-    record["evaluation"] |= {"num_samples": 2}
+    record["data"] |= {"max_hole_share": 0.5}
+    record["evaluation"] |= {"num_samples": 8}
     config = write_run(tmp_path / "c.yaml", record)
-    run_ranks(2, run_to_end_ignoring_evaluation, config, timeout_s=90)
+    run_ranks(2, run_to_end, config, timeout_s=90)  # the evaluation meets it as well
     faults = (tmp_path / "run" / "stage2" / "faults.jsonl").read_text(encoding="utf-8")
     assert "doc-0003" in faults
 
@@ -353,12 +457,6 @@ def test_a_run_counts_broken_samples_and_stops_above_the_share(tmp_path: Path, m
     message = run_ranks(2, run_and_catch_data, write_run(tmp_path / "s.yaml", record))[0]
     assert "doc-0003" in message
     assert "max_hole_share" in message
-
-
-def run_to_end_ignoring_evaluation(config_path: Path) -> None:
-    trainer = start(config_path)
-    trainer._evaluate = lambda: False  # type: ignore[method-assign]
-    trainer.run()
 
 
 def run_and_catch_data(config_path: Path) -> str:
@@ -380,7 +478,8 @@ def test_dry_run_numbers_agree_with_the_run(tmp_path: Path, model: Path, shards:
     from train.stages import estimate_steps
 
     data = open_data(config, find_shards(config, Ranks()))
-    assert abs(estimate_steps(config, data.num_tokens, data.num_patches) - steps) <= 1
+    estimate = estimate_steps(config, data.num_samples, data.samples_per_pack())
+    assert estimate == pytest.approx(steps, rel=0.05, abs=1)
 
 
 def count_steps(config: Config) -> int:

@@ -44,7 +44,7 @@ def test_a_users_error_is_one_message_with_code_2(config: Path, case: str, dry_r
 
 @pytest.mark.parametrize("case", [*ERRORS, "more ranks than packs"])
 def test_deepspeed_passes_code_2_on_and_prints_once(config: Path, case: str) -> None:
-    overrides, message = ERRORS.get(case, (["data.packs_per_step=1"], "2 ranks but data.packs_"))
+    overrides, message = ERRORS.get(case, (["data.packs_per_step=1"], "there are 2 ranks"))
     command = [*launcher("deepspeed"), "--config", str(config), *overrides]
     outcome = run(command, timeout_s=LAUNCH_S)
     assert outcome.code == 2

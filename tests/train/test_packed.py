@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
-    attention = choose_attention("auto", "cpu")
+    attention = choose_attention("auto", "cpu", "fp32")
     built = build_model(
         str(folder), init="pretrained", precision="fp32", attention=attention, seed=0
     )
@@ -153,13 +153,13 @@ def test_varlen_attention_gets_document_borders_and_causality(
         return torch.cat(pieces)
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    choice = choose_attention("varlen", "cuda")
+    choice = choose_attention("varlen", "cuda", "bf16")
     fast = build_model(str(folder), init="pretrained", precision="fp32", attention=choice, seed=0)
     slow = build_model(
         str(folder),
         init="pretrained",
         precision="fp32",
-        attention=choose_attention("auto", "cpu"),
+        attention=choose_attention("auto", "cpu", "fp32"),
         seed=0,
     )
     layout, normalizer = layout_of(fast.config), pixel_normalizer(str(folder))

@@ -1,6 +1,7 @@
 """What trains, learning rates, early stopping and the collapse guard."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -13,15 +14,18 @@ from train.stages import (
     freeze,
     lr_factor,
     parameter_groups,
-    trainable_names,
 )
+
+
+def trainable_names(model: Any) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_stage_1_freezes_language_model_and_head(tied: bool) -> None:
     model = tiny_model(tied=tied)
     freeze(model, StageConfig(number=1))
-    names = list(trainable_names(model))
+    names = trainable_names(model)
     assert names
     assert all(name.startswith("model.visual.") for name in names)
     assert not model.lm_head.weight.requires_grad
@@ -58,8 +62,10 @@ def test_schedule_warms_up_holds_and_ends_at_its_minimum(schedule: str) -> None:
 
 def test_early_stopping_counts_evaluations_without_improvement() -> None:
     stopping = EarlyStopping(EarlyStoppingConfig(patience=2, min_delta=0.01))
-    outcomes = [stopping.update(i, m) for i, m in enumerate([0.5, 0.4, 0.395, 0.39])]
-    assert outcomes == [False, False, False, True]
+    outcomes = []
+    for step, metric in enumerate([0.5, 0.4, 0.395, 0.39]):
+        outcomes.append((stopping.update(step, metric), stopping.is_over))
+    assert outcomes == [(True, False), (True, False), (False, False), (False, True)]
     assert (stopping.best, stopping.best_step) == (0.4, 1)
 
 

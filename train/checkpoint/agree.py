@@ -2,32 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TypeVar
 
 from data_tools.errors import CheckpointError
+from train.collectives import gather_json
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Return (rank, world size); (0, 1) without a process group."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gather(value: T) -> list[T]:
-    """Return the values of all ranks, by rank; a collective."""
-    _, world_size = rank_and_world()
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def together(action: Callable[[], T], doing: str) -> T:
@@ -44,7 +26,9 @@ def together(action: Callable[[], T], doing: str) -> T:
     except Exception as error:  # handed on to every rank: one that stops alone leaves a hang
         logger.exception("%s failed", doing)
         problem = f"{type(error).__name__}: {error}"
-    failed = [f"rank {r}: {text}" for r, text in enumerate(gather(problem)) if text is not None]
+    failed = [
+        f"rank {r}: {text}" for r, text in enumerate(gather_json(problem)) if text is not None
+    ]
     if failed:
         more = f" (and {len(failed) - 3} more ranks)" if len(failed) > 3 else ""
         raise CheckpointError(f"{doing} failed. {'; '.join(failed[:3])}{more}")

@@ -7,9 +7,10 @@ import torch
 
 from data_tools.errors import CheckpointError
 from train.checkpoint import zero_state
-from train.checkpoint.agree import rank_and_world, together
+from train.checkpoint.agree import together
 from train.checkpoint.manifest import Manifest, check_shards, read_manifest
 from train.checkpoint.shards import KINDS, SliceReader
+from train.collectives import rank_and_world
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from data_tools.errors import CheckpointError
 from train.checkpoint import zero_state
-from train.checkpoint.agree import gather, rank_and_world, together
+from train.checkpoint.agree import together
 from train.checkpoint.manifest import (
     Manifest,
     Shard,
@@ -25,6 +26,7 @@ from train.checkpoint.manifest import (
     write_text,
 )
 from train.checkpoint.shards import KINDS, Crc32, Layout, write_safetensors
+from train.collectives import gather_json, rank_and_world
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep_last: int,
+    keep_step: int | None = None,
     base: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
@@ -47,6 +50,7 @@ def save_checkpoint(
         step: optimizer steps done.
         state: JSON of the trainer; `load_checkpoint` returns it.
         keep_last: how many checkpoints up to this step remain; 0 keeps all.
+        keep_step: a step that remains besides (the best one).
         base: where the frozen weights, which are not stored, come from.
         extra: further JSON for the record.
 
@@ -59,7 +63,7 @@ def save_checkpoint(
     rank, world_size = rank_and_world()
     final = folder / step_folder_name(step)
     doing = f"Saving {final}"
-    name = gather(together(lambda: _prepare(final) if rank == 0 else None, doing))[0]
+    name = gather_json(together(lambda: _prepare(final) if rank == 0 else None, doing))[0]
     if name is None:
         return final
     temporary = folder / name
@@ -68,7 +72,7 @@ def save_checkpoint(
         manifest = Manifest(
             step=step,
             world_size=world_size,
-            shards=gather(shard),
+            shards=[Shard(**record) for record in gather_json(asdict(shard))],
             groups=zero_state.group_settings(engine),
             optimizer_steps=zero_state.optimizer_steps(engine),
             counters={name: int(getattr(engine, name)) for name in zero_state.COUNTERS},
@@ -83,7 +87,7 @@ def save_checkpoint(
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    together(lambda: _delete_old(folder, step, keep_last) if rank == 0 else None, doing)
+    together(lambda: _delete_old(folder, step, keep_last, keep_step) if rank == 0 else None, doing)
     return final
 
 
@@ -172,15 +176,16 @@ def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     fsync_folder(final.parent)
 
 
-def _delete_old(folder: Path, step: int, keep_last: int) -> None:
+def _delete_old(folder: Path, step: int, keep_last: int, keep_step: int | None) -> None:
     """Delete what is older than the last `keep_last` up to `step`, the newest valid one.
 
     Later steps, from before a resume at an earlier one, are left alone.
     """
     if keep_last:
-        until_now = [path for number, path in list_checkpoints(folder) if number <= step]
-        for path in until_now[:-keep_last]:
-            _delete(path)
+        until_now = [found for found in list_checkpoints(folder) if found[0] <= step]
+        for number, path in until_now[:-keep_last]:
+            if number != keep_step:
+                _delete(path)
 
 
 def _delete(checkpoint: Path) -> None:

@@ -17,45 +17,54 @@ from data_tools.errors import ConfigError
 
 CPU_NAME = "lectern_documents"
 VARLEN_NAME = "lectern_flash_varlen"  # "flash" in the name: one call a layer in the vision tower
+PACKAGES = {"flash_attention_2": "flash_attn", "varlen": "torch.nn.attention.varlen"}
 
 
-def choose_attention(setting: str, device_type: str) -> dict[str, str]:
+def choose_attention(setting: str, device_type: str, precision: str) -> dict[str, str]:
     """Return the implementation of the language model and of the vision encoder.
 
     Args:
         setting: `model.attention` of the configuration.
         device_type: "cpu" or "cuda".
+        precision: "bf16" or "fp32"; the variable-length kernels take half precision only.
 
     Raises:
         ConfigError: if the setting cannot run on this machine.
     """
     register()
-    if device_type == "cpu":
-        if setting not in ("auto", "sdpa"):
-            raise ConfigError(f"model.attention={setting} needs a GPU; on a CPU use auto or sdpa")
-        return {"text_config": CPU_NAME, "vision_config": "sdpa"}
-    has_flash_attn = importlib.util.find_spec("flash_attn") is not None
-    if setting == "flash_attention_2" and not has_flash_attn:
+    by_document = {"text_config": CPU_NAME, "vision_config": "sdpa"}
+    if setting == "sdpa" or (setting == "auto" and (device_type == "cpu" or precision == "fp32")):
+        return by_document
+    if device_type == "cpu" or precision == "fp32":
+        raise ConfigError(f"model.attention={setting} needs a GPU and bf16; use auto or sdpa")
+    missing = {name: not _has(package) for name, package in PACKAGES.items()}
+    wanted = [setting] if setting != "auto" else list(PACKAGES)
+    name = next((name for name in wanted if not missing[name]), None)
+    if name is None:
         raise ConfigError(
-            "model.attention=flash_attention_2: the package flash-attn is not installed; "
-            "install the extra `gpu`, or use model.attention=varlen (torch's own kernel)"
+            f"model.attention={setting}: {' and '.join(PACKAGES[name] for name in wanted)} cannot "
+            "be imported; install the extra `gpu`, a torch with torch.nn.attention.varlen, or use "
+            "model.attention=sdpa (slow: the vision encoder then runs window by window)"
         )
-    if setting == "sdpa":
-        return {"text_config": CPU_NAME, "vision_config": "sdpa"}
-    is_flash = setting == "flash_attention_2" or (setting == "auto" and has_flash_attn)
-    name = "flash_attention_2" if is_flash else VARLEN_NAME
-    return {"text_config": name, "vision_config": name}
+    implementation = VARLEN_NAME if name == "varlen" else name
+    return {"text_config": implementation, "vision_config": implementation}
 
 
-def decoding_attention(device_type: str, precision: str) -> dict[str, str]:
+def decoding_attention(setting: str, device_type: str, precision: str) -> dict[str, str]:
     """Return the implementation for batched decoding.
 
     The language model needs SDPA with its mask, since batches are padded on the left. In the vision
-    encoder SDPA would run once a window; the variable-length kernels take half precision only.
+    encoder SDPA would run once a window, so it keeps the implementation of training.
     """
-    is_fast = device_type == "cuda" and precision != "fp32"
-    vision = choose_attention("auto", device_type)["vision_config"] if is_fast else "sdpa"
+    vision = choose_attention(setting, device_type, precision)["vision_config"]
     return {"text_config": "sdpa", "vision_config": vision}
+
+
+def _has(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.initialization import no_init_weights
 
 from data_tools.errors import ConfigError
 from train.modeling.attention import VARLEN_NAME
@@ -54,8 +55,27 @@ def build_model(
         model, report = loaded
         _check_names(folder, report)
     model.config.use_cache = False
-    model.model.language_model.config._attn_implementation_internal = attention["text_config"]
-    model.model.visual.config._attn_implementation_internal = attention["vision_config"]
+    _set_attention(model, attention)
+    return model
+
+
+def build_empty_model(
+    folder: str, *, precision: str, attention: dict[str, str], device: torch.device
+) -> Any:
+    """Return a model of a folder's shape on a device, its weights unset, for a copy to be put in.
+
+    Draws no random numbers and holds nothing on the host.
+    """
+    transformers.logging.set_verbosity_error()
+    dtype = DTYPES[precision]
+    with torch.random.fork_rng(), no_init_weights(), device:
+        config = AutoConfig.from_pretrained(folder)
+        known = {part: "sdpa" for part in attention}
+        model: Any = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=known
+        )
+    model.tie_weights()
+    _set_attention(model, attention)
     return model
 
 
@@ -70,6 +90,11 @@ def pixel_normalizer(folder: str) -> PixelNormalizer:
             f"model.path: {folder}/preprocessor_config.json must give image_mean and image_std "
             f"({error})"
         ) from error
+
+
+def _set_attention(model: Any, attention: dict[str, str]) -> None:
+    model.model.language_model.config._attn_implementation_internal = attention["text_config"]
+    model.model.visual.config._attn_implementation_internal = attention["vision_config"]
 
 
 def _check_names(folder: str, report: dict[str, Any]) -> None:

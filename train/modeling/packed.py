@@ -46,8 +46,8 @@ class PackedModel(nn.Module):
         features = self._image_features(batch).to(embeddings.dtype)
         if batch.num_dummy_images:
             return embeddings + 0.0 * features.sum()
-        is_pad = batch.input_ids == self.model.config.image_token_id
-        return embeddings.masked_scatter(is_pad[..., None], features)
+        # index_copy: the backward of a masked scatter would ask the device for a count.
+        return embeddings[0].index_copy(0, batch.image_index, features)[None]
 
     def _image_features(self, batch: Batch) -> Tensor:
         """Return (P / 4, hidden) features of all images, in reading order."""
