@@ -29,18 +29,10 @@ def run_chain(configs: list[str], ranks: int | None, overrides: list[str]) -> li
             to one folder.
         LaunchError: if a stage fails.
     """
-    stages: dict[Path, str] = {}
-    for config in configs:
-        folder = load_config(config, overrides).folder
-        if folder in stages:
-            raise ConfigError(
-                f"{stages[folder]} and {config} both write to {folder}; give each its own run.dir "
-                "or stage.number in its YAML"
-            )
-        stages[folder] = config
-    exported: list[str] = []
-    for config in configs:
-        exported.append(run_stage(config, ranks, [*overrides, *_start_from(exported, overrides)]))
+    stages = _plan(configs, overrides)
+    exported = []
+    for config, settings in stages:
+        exported.append(run_stage(config, ranks, settings))
         print(exported[-1], flush=True)
     return exported
 
@@ -58,13 +50,30 @@ def run_stage(config: str, ranks: int | None, overrides: list[str]) -> str:
     )
     run(train_command(config, ranks, overrides), advice=advice)
     run(python("-m", "train.export", str(folder)))
-    return str(folder / "hf")
+    return _hf(folder)
 
 
-def _start_from(exported: list[str], overrides: list[str]) -> list[str]:
-    """Return the override that lets a stage start from the last export, unless the user did so."""
+def _plan(configs: list[str], overrides: list[str]) -> list[tuple[str, list[str]]]:
+    """Return (YAML, overrides) of each stage, chained by `model.path` unless the user set that."""
     is_set = any(override.partition("=")[0].strip() == "model.path" for override in overrides)
-    return [] if is_set or not exported else [f"model.path={exported[-1]}"]
+    stages: list[tuple[str, list[str]]] = []
+    writers: dict[Path, str] = {}
+    for config in configs:
+        chained = [f"model.path={_hf(list(writers)[-1])}"] if writers and not is_set else []
+        folder = load_config(config, [*overrides, *chained]).folder
+        if folder in writers:
+            raise ConfigError(
+                f"{writers[folder]} and {config} both write to {folder}; give each its own run.dir "
+                "or stage.number in its YAML"
+            )
+        writers[folder] = config
+        stages.append((config, [*overrides, *chained]))
+    return stages
+
+
+def _hf(folder: Path) -> str:
+    """Return where train.export writes a stage's Hugging Face folder."""
+    return str(folder / "hf")
 
 
 def main() -> None:
