@@ -129,6 +129,8 @@ class Reader:
             )
         target = _device(device)
         settings = read_settings(path)
+        if (path / settings.template).is_file():  # a template of the user's own, exported as well
+            settings = settings.model_copy(update={"template": str(path / settings.template)})
         precision = dtype or ("fp32" if target.type == "cpu" else "bf16")
         attention = decoding_attention("auto", target.type, precision)
         model = build_model(

@@ -89,13 +89,14 @@ def end_group(process: subprocess.Popen) -> None:
     """
     for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, KILL_S)):
         deadline = time.monotonic() + patience_s
-        while _signal_group(process, number) and time.monotonic() < deadline:
-            number = 0  # sent once; from now on only asks whether somebody is there
+        is_there = _signal_group(process, number)
+        while is_there and time.monotonic() < deadline:
             time.sleep(POLL_S)
+            is_there = _signal_group(process, 0)
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> bool:
-    """Send a signal to a group; return whether anybody was there."""
+    """Send a signal (0: none) to a group; return whether anybody is there."""
     process.poll()  # a leader that nobody has waited for would count as there
     try:
         os.killpg(process.pid, number)

@@ -34,9 +34,11 @@ from train.checkpoint.manifest import (
 )
 from train.checkpoint.shards import SliceReader
 from train.modeling.names import hub_name
+from train.status import read_status
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MARKER_FILE = "export.json"
+TEMPLATE_FILE = "template.yaml"
 READER_FILE = "lectern.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 RELOAD_LIMIT_BYTES = 2 * 10**9  # above it the files are checked, the class is not loaded
@@ -112,6 +114,21 @@ def export(
     return out
 
 
+def best_step(stage: Path) -> int:
+    """Return the step that early stopping found best.
+
+    Raises:
+        CheckpointError: if the stage ran without early stopping or was never evaluated.
+    """
+    step = read_status(stage).get("best_step")
+    if not step:
+        raise CheckpointError(
+            f"{stage}/status.json names no best step; set stage.early_stopping to have one, or "
+            "export the newest checkpoint without --best"
+        )
+    return int(step)
+
+
 def _read_config(stage: Path) -> dict[str, Any]:
     path = stage / "config.yaml"
     if not path.is_file():
@@ -175,6 +192,9 @@ def _write_side_files(
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     reader = reader_settings(config)
+    if Path(reader["template"]).is_file():  # the user's own: the folder must be readable elsewhere
+        shutil.copyfile(reader["template"], folder / TEMPLATE_FILE)
+        reader["template"] = TEMPLATE_FILE
     if (folder / PREPROCESSOR_FILE).exists():
         _set_pixel_limits(folder / PREPROCESSOR_FILE, reader["min_pixels"], reader["max_pixels"])
     settings = _read_json(base / "config.json")
@@ -303,14 +323,19 @@ def main() -> None:
     )
     parser.add_argument("stage", type=Path, help="RUN/stageN")
     parser.add_argument("--out", type=Path, help="the new folder (default: RUN/stageN/hf)")
-    parser.add_argument("--step", type=int, help="default: the newest valid one")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="default: the newest valid one")
+    which.add_argument("--best", action="store_true", help="the best step under early stopping")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file, GB")
     parser.add_argument("--force", action="store_true", help="replace what OUT holds")
     arguments = parser.parse_args()
     # transformers imports DeepSpeed where it is installed, which then talks about its accelerator
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    export(**vars(arguments))
+    options = vars(arguments)
+    if options.pop("best"):
+        options["step"] = best_step(arguments.stage)
+    export(**options)
 
 
 if __name__ == "__main__":

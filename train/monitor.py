@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 STATE_EVERY_STEPS = 1000  # data.jsonl holds the whole data state this often
 CAPTION_PX = 22
+MIN_CAPTION_WIDTH_PX = 320
+MAX_CAPTION_ROWS = 8
 
 
 class Monitor:
@@ -125,11 +128,14 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def caption(image: np.ndarray, lines: list[str]) -> np.ndarray:
-    """Return the image with lines of text below it, (H', W', 3) uint8."""
+    """Return the image with wrapped lines of text below it, (H', W', 3) uint8."""
     font = ImageFont.load_default(CAPTION_PX - 6)
-    texts = [line.replace("\n", " / ")[:160] for line in lines]
-    width = max(image.shape[1], *(int(font.getlength(text)) + 8 for text in texts))
-    page = Image.new("RGB", (width, image.shape[0] + CAPTION_PX * len(lines)), "white")
+    width = max(image.shape[1], MIN_CAPTION_WIDTH_PX)
+    columns = width * 2 // CAPTION_PX  # a character is about half as wide as its row is high
+    texts: list[str] = []
+    for line in lines:
+        texts += textwrap.wrap(line.replace("\n", " / "), columns)[:MAX_CAPTION_ROWS]
+    page = Image.new("RGB", (width, image.shape[0] + CAPTION_PX * len(texts)), "white")
     page.paste(Image.fromarray(image), (0, 0))
     for number, text in enumerate(texts):
         y = image.shape[0] + CAPTION_PX * number

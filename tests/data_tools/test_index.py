@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from data_tools.errors import DataError
 from data_tools.sample import Annotation, Sample
+from data_tools.stream.files import write_atomically
 from data_tools.stream.index import (
     ShardChangedError,
     expand,
@@ -26,7 +27,7 @@ from data_tools.stream.index import (
     index_shard,
     iterate_samples,
     open_index,
-    write_atomically,
+    same_shards,
 )
 from tests.builders import make_sample, write_shard, write_shards
 
@@ -302,6 +303,37 @@ def test_patterns_are_sorted_and_must_match(tmp_path: Path) -> None:
     assert expand([shards[2], shards[0]]) == [shards[2], shards[0]]
     with pytest.raises(DataError, match=r"no shard matches .*nothing-\*.tar"):
         expand([f"{tmp_path}/nothing-*.tar"])
+
+
+def test_braces_are_those_of_webdataset(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [1] * 11)
+    assert expand([f"{tmp_path}/train-{{000008..000010}}.tar"]) == shards[8:]
+    assert expand([f"{tmp_path}/train-00000{{1,0}}.tar"]) == [shards[1], shards[0]]
+    assert expand([f"{tmp_path}/{{train-000003,train-00000[56]}}.tar"]) == [
+        shards[i] for i in (3, 5, 6)
+    ]
+    odd = write_shards(tmp_path / "}", [1])
+    assert expand(odd) == odd
+
+
+@pytest.mark.parametrize("braces", ["{000000..000003}", "{000000,*7}", "{000000"])
+def test_braces_that_match_nothing_are_named(tmp_path: Path, braces: str) -> None:
+    write_shards(tmp_path, [1, 1])
+    with pytest.raises(DataError) as caught:
+        expand([f"{tmp_path}/train-{braces}.tar"])
+    assert f"{tmp_path}/train-{braces}.tar" in str(caught.value)
+
+
+def test_shards_in_both_lists_are_found_however_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = write_shards(tmp_path, [1, 1, 1])
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    other = ["train-000001.tar", f"{tmp_path}/link/train-000002.tar", "memory://a/b.tar"]
+    assert same_shards([first, second, third, second], other) == [second, third]
+    assert same_shards(["memory:///a/b.tar", first], other) == ["memory:///a/b.tar"]
+    assert same_shards([first], [second]) == []
 
 
 keys = st.lists(

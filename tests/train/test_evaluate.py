@@ -41,9 +41,13 @@ def test_evaluation_reads_as_the_exported_folder_does(
 
     record = run_record(tmp_path / "run", model, shards, stage={"number": 2, "max_steps": 30})
     record["optim"] |= {"lr": 3e-3}
+    own = tmp_path / "own.yaml"
+    own.write_text("{name: own, task: text, language: en, prompt: Read}", encoding="utf-8")
+    record["task"] = {"templates": [{"name": str(own)}]}
     config = write_run(tmp_path / "c.yaml", record)
     readings = run_ranks(2, train_and_read, config, timeout_s=120)[0]
     folder = export(tmp_path / "run" / "stage2", dtype="fp32")
+    own.unlink()  # the export must be readable where the file is not
     samples = {s.key: s for s in iterate_samples(shards[:1])}
     reader = Reader.load(folder, batch_size=3)
     pages = [[decode(data) for data in samples[key].image_bytes] for key, _ in readings]

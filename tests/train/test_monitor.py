@@ -65,6 +65,7 @@ def test_data_state_is_kept_every_thousand_steps(tmp_path: Path) -> None:
 
 def test_caption_leaves_the_picture_untouched() -> None:
     image = np.full((40, 60, 3), 7, np.uint8)
-    picture = caption(image, ["read: a", "true: b"])
+    picture = caption(image, ["read: a", "true: " + "word " * 40])
     assert (picture[:40, :60] == 7).all()
     assert picture.shape[0] > 40
+    assert picture.shape[1] <= 400  # long texts are wrapped, not widened

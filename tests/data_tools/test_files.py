@@ -1,0 +1,102 @@
+"""Open files stay few, whatever forks or pickles; what cannot be written is said in words."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from data_tools.errors import DataError
+from data_tools.stream import index as index_module
+from data_tools.stream.files import OpenFiles, write_atomically
+from data_tools.stream.index import index_shard, open_index
+from tests.builders import make_sample, write_shards
+
+
+def num_open_tars() -> int:
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            continue  # the descriptor that listed the folder
+    return sum(name.endswith(".tar") for name in names)
+
+
+def test_reading_many_shards_keeps_few_files_open(tmp_path: Path) -> None:
+    indexes = [open_index(shard) for shard in write_shards(tmp_path, [1] * 150)]
+    for number in [*range(150), *range(150)]:
+        assert indexes[number].read(0) == make_sample(number)
+        assert num_open_tars() <= 64
+    assert len(index_module._open_shards) == 64
+
+
+def test_the_file_unused_for_longest_is_closed(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    files = OpenFiles(limit=2)
+    for name in "abacab":
+        assert files.read(str(tmp_path / name), "", 0, 9) == name.encode()
+    kept = [Path(url).name for url, _ in files._files]
+    assert kept == ["a", "b"]
+
+
+def test_a_replaced_file_is_opened_anew(tmp_path: Path) -> None:
+    shard = write_shards(tmp_path, [2])[0]
+    assert open_index(shard).read(0) == make_sample(0)
+    newer = write_shards(tmp_path / "new", [2], first=5)[0]
+    os.replace(newer, shard)
+    os.remove(f"{shard}.index")
+    assert open_index(shard).read(0) == make_sample(5)
+
+
+def test_an_index_that_has_been_read_from_can_be_pickled(tmp_path: Path) -> None:
+    index = index_shard(write_shards(tmp_path, [2])[0])
+    index.read(0)
+    assert pickle.loads(pickle.dumps(index)).read(1) == make_sample(1)
+
+
+def _read_often(shard: str, times: int) -> None:
+    index = open_index(shard)
+    for number in range(times):
+        row = number % len(index)
+        assert index.read(row) == make_sample(row)
+
+
+def test_a_fork_does_not_move_its_parents_place(tmp_path: Path) -> None:
+    """A forked process shares its parent's descriptors, read positions included."""
+    shard = write_shards(tmp_path, [20])[0]
+    _read_often(shard, 1)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_read_often, args=(shard, 1000)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    _read_often(shard, 1000)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    shard = write_shards(tmp_path, [1])[0]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("data_tools.stream.files.uuid.uuid4", refuse)
+    with pytest.raises(DataError, match="Make the folder writable, or copy the shards") as caught:
+        index_shard(shard)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path} is not writable ({os.strerror(number)})")
+    assert "train-000000.tar.index" in message
+
+
+def test_other_failures_of_writing_are_no_data_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(str(tmp_path / "missing" / "x"), b"")
