@@ -19,6 +19,7 @@ setup(
         "transformers>=5.23,<6",
         "peft>=0.21",
         "webdataset>=1.0",
+        "braceexpand>=0.1.7",
         "fsspec>=2025.1",
         "tensorboard>=2.17",
         "safetensors>=0.5",

@@ -66,7 +66,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One of several sources of a mix."""
 
-    shards: str = Field(min_length=1, description="path, URL or glob of tars")
+    shards: str = Field(min_length=1, description="path, URL, glob or {000..012} of tars")
     weight: float = Field(
         default=1.0,
         gt=0,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.errors import DataError
 from data_tools.examples.augment import Augmentation
 from data_tools.examples.characters import CharPrior, CharPriorSettings, count_characters
 from data_tools.examples.encode import Encoder, ImageSettings
@@ -133,6 +134,11 @@ class DataPath:
         source = self.validation
         usable = source.usable[source.answerable[0, source.usable]]
         draw = np.random.default_rng(hash_key(self.config.run.seed, "validation"))
+        if not len(usable):
+            raise DataError(
+                f"data.validation: no sample has an answer for {self.recipe.templates[0].name}, the "
+                "first of task.templates; evaluation asks that one"
+            )
         count = min(self.config.evaluation.num_samples, len(usable))
         return sorted(int(i) for i in draw.choice(usable, count, replace=False))
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data_tools.errors import ConfigError, DataError
-from data_tools.stream.index import expand
+from data_tools.stream.index import expand, same_shards
 from train.config import Config, path_problems
 from train.ranks import Ranks
 
@@ -38,7 +38,7 @@ def find_shards(config: Config, ranks: Ranks) -> Shards:
         for number, source in enumerate(config.data.train)
     ]
     validation = _expand("data.validation", config.data.validation, problems)
-    both = sorted({shard for part in train for shard in part} & set(validation))
+    both = same_shards([shard for part in train for shard in part], validation)
     if both:
         problems.append(f"data.validation: {both[0]} is trained on as well; keep them apart")
     if problems:

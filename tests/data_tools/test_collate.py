@@ -118,6 +118,7 @@ def assert_contract(batch: Batch, num_documents: int) -> None:
         "grid_thw": (torch.int64, (images, 3)),
         "vision_cu_seqlens": (torch.int32, (images + 1,)),
         "vision_cu_window_seqlens": (torch.int32, tuple(batch.vision_cu_window_seqlens.shape)),
+        "image_index": (torch.int64, (0 if batch.num_dummy_images else patches // 4,)),
         "vision_window_index": (torch.int64, (patches // 4,)),
         "vision_position_ids": (torch.int64, (patches, 2)),
         "targets": (torch.int64, (labels,)),

@@ -131,6 +131,17 @@ def test_the_end_token_weighs_one_before_the_division_by_the_mean(byte_encoder: 
     assert encoder.answer_weights(exchange("q", "aa")).tolist() == [0.5, 0.5, 0.5]
 
 
+def test_an_illegible_answer_teaches_nothing_not_even_its_end(byte_encoder: Encoder) -> None:
+    prior = CharPrior(CharPriorSettings(0, 0), {"a": 1}, mean=2.0)
+    illegible = Turn("assistant", (Span("**", weight=0.0), Span("*", weight=0.0)))
+    partly = Turn("assistant", (Span("*", weight=0.0), Span("a")))
+    question = Turn("user", (Span("q"),))
+    for encoder in (byte_encoder, Encoder(byte_encoder.tokenizer, byte_encoder.images, prior)):
+        turns = (question, illegible, question, partly)
+        one = 1 / prior.mean if encoder.prior else 1.0
+        assert encoder.answer_weights(turns).tolist() == [0, 0, 0, 0, 0, one, one]
+
+
 def test_images_and_their_places_must_agree(encoder: Encoder) -> None:
     for num_images in (0, 2):
         with pytest.raises(DataError, match=f"shows 1 images, {num_images} were given"):

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
 from data_tools.errors import DataError
@@ -38,10 +40,12 @@ def test_the_file_unused_for_longest_is_closed(tmp_path: Path) -> None:
     for path in paths:
         path.write_bytes(path.name.encode())
     files = OpenFiles(limit=2)
-    for name in "abacab":
-        assert files.read(str(tmp_path / name), "", 0, 9) == name.encode()
-    kept = [Path(url).name for url, _ in files._files]
-    assert kept == ["a", "b"]
+    assert files.read(str(paths[0]), "v1", 0, 9) == b"a"
+    (first,) = files._files.values()
+    for name in "bac":
+        assert files.read(str(tmp_path / name), "v1", 0, 9) == name.encode()
+    assert [Path(url).name for url, _ in files._files] == ["a", "c"]
+    assert files._files[str(paths[0]), "v1"] is first
 
 
 def test_a_replaced_file_is_opened_anew(tmp_path: Path) -> None:
@@ -86,10 +90,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(
 ) -> None:
     shard = write_shards(tmp_path, [1])[0]
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
+    local = type(fsspec.filesystem("file"))
+    opened = local.open
 
-    monkeypatch.setattr("data_tools.stream.files.uuid.uuid4", refuse)
+    def read_only(self: Any, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "wb":
+            raise OSError(number, os.strerror(number), path)
+        return opened(self, path, mode, **options)
+
+    monkeypatch.setattr(local, "open", read_only)
     with pytest.raises(DataError, match="Make the folder writable, or copy the shards") as caught:
         index_shard(shard)
     message = str(caught.value)

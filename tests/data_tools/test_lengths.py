@@ -69,7 +69,6 @@ def test_unusable_samples_have_length_0_and_a_reason(tmp_path: Path, byte_folder
             "images": (dataclasses.replace(page, width=6000, height=20),)
         },
         'nothing to answer "text-en"': {"annotations": ()},
-        'nothing to answer "lines-en"': {"annotations": (Annotation("x"),)},
         "image 0 has size 0 x 20 px": {"images": (dataclasses.replace(page, width=0, height=20),)},
         "leaves the page": {"annotations": (Annotation("x", (0, 0, 999, 9)),)},
         "malformed messages": {"messages": ({"role": "user"},)},
@@ -78,10 +77,25 @@ def test_unusable_samples_have_length_0_and_a_reason(tmp_path: Path, byte_folder
     shard = str(write_shard(tmp_path / "a.tar", [good, *bad]))
     found = measured(shard, byte_folder)
     assert (found.text[:, 0] > 0).all() and not found.text[:, 1:].any()
-    assert list(found.reasons) == [1, 2, 3, 4, 5, 6]
+    assert list(found.reasons) == [1, 2, 3, 4, 5]
     for row, reason in enumerate(unusable, start=1):
         assert f'sample "bad-{row - 1}"' in found.reasons[row] or row == 1
         assert reason in found.reasons[row]
+
+
+def test_a_template_without_an_answer_leaves_the_others_theirs(
+    tmp_path: Path, byte_folder: Path
+) -> None:
+    """A line without a box can still be read as text."""
+    both = make_sample(0)
+    unplaced = dataclasses.replace(make_sample(1), annotations=(Annotation("x"),))
+    shard = str(write_shard(tmp_path / "a.tar", [both, unplaced]))
+    found = measured(shard, byte_folder)
+    assert (found.text > 0).tolist() == [[True, True], [True, False]]
+    assert (found.targets > 0).tolist() == [[True, True], [True, False]]
+    assert found.visual.all() and found.reasons == {}
+    alone = measured(shard, byte_folder, Recipe((TEXT,)))
+    assert found.text[0].tolist() == alone.text[0].tolist()
 
 
 def test_escaped_half_surrogates_are_unusable(tmp_path: Path, byte_folder: Path) -> None:

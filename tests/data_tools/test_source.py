@@ -90,9 +90,9 @@ def test_a_draw_says_what_the_sample_costs(source: Source) -> None:
 def test_longer_than_a_pack_is_left_out_and_counted_never_cut(
     shards: list[str], source: Source, byte_folder: Path
 ) -> None:
-    limit = int(np.median(source.tokens.max(axis=0)))
+    limit = int(np.median(source.tokens.min(axis=0)))
     small = opened(shards, byte_folder, Budgets(limit, 10_000))
-    too_long = source.tokens.max(axis=0) > limit
+    too_long = source.tokens.min(axis=0) > limit
     assert 0 < too_long.sum() < 12
     first = source.key(int(np.flatnonzero(too_long)[0]))
     assert small.left_out == {"longer than a pack": (int(too_long.sum()), first)}
@@ -105,6 +105,55 @@ def test_longer_than_a_pack_is_left_out_and_counted_never_cut(
     steps = Planner([small], 1, limit, 10_000, 3, DataState("f")).next_step
     tokens = [sum(s.tokens for s in pack) for step in iter(steps, None) for pack in step.packs]
     assert max(tokens) <= limit
+
+
+def test_a_question_whose_answer_is_too_long_is_not_asked(
+    shards: list[str], source: Source, byte_folder: Path
+) -> None:
+    """An answer with boxes is longer than the text alone; the page can still be read as text."""
+    limit = int(source.tokens[0].max())
+    assert (source.tokens[1] > limit).any()
+    small = opened(shards, byte_folder, Budgets(limit, 10_000))
+    assert len(small) == 12 and small.left_out == {}
+    assert np.array_equal(small.answerable, source.tokens <= limit)
+    for number in range(10 * 12):
+        sample = small.draw(0, number)
+        assert 0 < sample.tokens <= limit
+        fits_both = bool(small.answerable[:, sample.sample_id].all())
+        assert sample.template == (source.draw(0, number).template if fits_both else 0)
+
+
+def test_a_page_without_fields_is_read_as_text_in_a_mix_of_both(
+    tmp_path: Path, byte_folder: Path
+) -> None:
+    recipe = Recipe((load_template("receipt-fields-en"), load_template("text-en")), (3.0, 1.0))
+    samples = [make_sample(i) for i in range(6)]
+    for row in (1, 4):
+        samples[row] = dataclasses.replace(samples[row], fields={})
+    samples[5] = dataclasses.replace(samples[5], fields={}, annotations=())
+    mixed = opened([str(write_shard(tmp_path / "a.tar", samples))], byte_folder, recipe=recipe)
+    assert mixed.usable.tolist() == [0, 1, 2, 3, 4]
+    count, first = mixed.left_out.pop("unusable")
+    assert count == 1 and "nothing to answer" in first and mixed.left_out == {}
+    assert mixed.shares.tolist() == [[0.75, 0, 0.75, 0.75, 0], [0.25, 1, 0.25, 0.25, 1]]
+    asked: dict[int, set[int]] = {}
+    for number in range(40 * 5):
+        sample = mixed.draw(0, number)
+        asked.setdefault(sample.sample_id, set()).add(sample.template)
+        assert sample.tokens == mixed.tokens[sample.template, sample.sample_id]
+    assert asked == {0: {0, 1}, 1: {1}, 2: {0, 1}, 3: {0, 1}, 4: {1}}
+
+
+def test_a_template_of_weight_0_makes_nothing_usable(tmp_path: Path, byte_folder: Path) -> None:
+    recipe = Recipe((load_template("receipt-fields-en"), load_template("text-en")), (1.0, 0.0))
+    samples = [make_sample(0), dataclasses.replace(make_sample(1), fields={})]
+    shard = str(write_shard(tmp_path / "a.tar", samples))
+    source = opened([shard], byte_folder, recipe=recipe)
+    assert source.usable.tolist() == [0]
+    assert source.left_out["unusable"] == (
+        1,
+        "doc-0001: has an answer only for templates of weight 0",
+    )
 
 
 def test_lengths_can_be_selected_by_characters(

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_tools.errors import ConfigError, DataError
@@ -50,6 +51,27 @@ def test_shares_follow_the_weights() -> None:
     counts = Counter(recipe.choose(f"doc-{i}", epoch) for i in range(2000) for epoch in range(3))
     shares = [counts[i] / 6000 for i in range(4)]
     assert shares == pytest.approx([0.5, 0.3, 0.0, 0.2], abs=0.02)
+
+
+def test_only_what_a_sample_can_answer_is_chosen_and_the_shares_follow() -> None:
+    recipe = Recipe((TEXT, LINES, FIELDS, NUMBERED), (5.0, 3.0, 0.0, 2.0), seed=1)
+    keys = [f"doc-{i}" for i in range(6000)]
+    chosen = [recipe.choose(key, 0, (False, True, True, True)) for key in keys]
+    shares = [chosen.count(i) / len(keys) for i in range(4)]
+    assert shares == pytest.approx([0, 0.6, 0, 0.4], abs=0.02)
+    assert chosen == [recipe.choose(key, 0, (False, True, True, True)) for key in keys]
+    assert {recipe.choose(key, 0, (False, False, True, True)) for key in keys} == {3}
+    assert [recipe.choose(key, 1, (True,) * 4) for key in keys[:99]] == [
+        recipe.choose(key, 1) for key in keys[:99]
+    ]
+
+
+def test_expected_shares_are_those_of_the_choice() -> None:
+    recipe = Recipe((TEXT, LINES, NUMBERED), (5.0, 3.0, 2.0))
+    answerable = np.asarray([[True, False, True], [True, True, False], [True, True, False]])
+    assert recipe.shares(answerable) == pytest.approx(
+        np.asarray([[0.5, 0, 1], [0.3, 0.6, 0], [0.2, 0.4, 0]])
+    )
 
 
 @pytest.mark.parametrize(
