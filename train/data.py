@@ -136,8 +136,8 @@ class DataPath:
         draw = np.random.default_rng(hash_key(self.config.run.seed, "validation"))
         if not len(usable):
             raise DataError(
-                f"data.validation: no sample has an answer for {self.recipe.templates[0].name}, the "
-                "first of task.templates; evaluation asks that one"
+                "data.validation: no sample has an answer for "
+                f"{self.recipe.templates[0].name}, the first of task.templates, which is asked"
             )
         count = min(self.config.evaluation.num_samples, len(usable))
         return sorted(int(i) for i in draw.choice(usable, count, replace=False))
