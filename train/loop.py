@@ -75,6 +75,8 @@ def train(config: Config, shards: Shards, ranks: Ranks) -> int:
 
 def prepare_data(config: Config, shards: Shards, ranks: Ranks) -> DataPath:
     """Measure the data on rank 0 while the others wait, then open the sources everywhere."""
+    # Measuring a large index takes longer than any step may: a group that waits.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     failure = None
     if ranks.is_main:
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +85,6 @@ def prepare_data(config: Config, shards: Shards, ranks: Ranks) -> DataPath:
             fit_prior(config, shards)
         except LecternError as error:
             failure = [error.exit_code, str(error)]
-    # Measuring a large index takes longer than any step may: a group that waits.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     failures = [found for found in gather_json(failure, patient) if found]
     dist.destroy_process_group(patient)
     if failures:
@@ -298,7 +298,7 @@ class Trainer:
         return EXIT_AGAIN
 
     def _save(self) -> None:
-        if self._saved_step == self.step:
+        if self.step in (0, self._saved_step):  # nothing has been trained, or nothing since
             return
         self._saved_step = self.step
         config = self.config.model_dump(mode="json")
