@@ -2,7 +2,7 @@
 # make quickstart  train, export and score a tiny Qwen2.5-VL on this machine's CPU
 # make test        the fast tests; make test-all adds the campaigns of minutes
 # make check       format, lint, types, layering, sizes, spelling, shell scripts
-# make bench       every benchmark; make gpu-check what needs an NVIDIA GPU
+# make bench       every benchmark; the only one so far is gpu-check, for an NVIDIA GPU
 #
 # On a machine without a GPU the default index serves a CUDA build of torch (gigabytes). Take the
 # CPU build from the index that the install page of pytorch.org names:  make setup TORCH_INDEX=URL
@@ -27,7 +27,7 @@ quickstart: setup
 	$(BIN)/python -m launch.quickstart $(if $(FRESH),--fresh)
 
 tiny-base: setup
-	$(BIN)/python -m launch.chain $(sort $(wildcard configs/tiny-base/phase*.yaml)) --ranks 2
+	DS_ACCELERATOR=cpu $(BIN)/python -m launch.chain $(sort $(wildcard configs/tiny-base/phase*.yaml)) --ranks 2
 
 test: setup
 	$(BIN)/python -m pytest
@@ -50,7 +50,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup
+bench: setup gpu-check
 	for name in $$(ls benchmarks/*.py | xargs -n1 basename | grep -v '^_' | sed 's/\.py$$//'); do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 

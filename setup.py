@@ -40,8 +40,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        # flash-attn builds against the installed torch and CUDA: docs/gpu.md. torch's own
-        # variable-length attention serves where it is missing.
+        # Install with --no-build-isolation, against the installed torch and CUDA: docs/gpu.md.
+        # torch's own variable-length attention serves where it is missing.
         "gpu": ["flash-attn>=2.8"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],

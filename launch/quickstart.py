@@ -60,7 +60,7 @@ def _score(name: str, hf_dir: str, shards: Path) -> dict[str, Any]:
         report.parent.mkdir(exist_ok=True)
         limits = ("--num", str(NUM_EVALUATED), "--seed", str(SEED), "--max-new-tokens", "48")
         patterns = str(shards / "val-*.tar")
-        options = ("--template", "text-plain", "--json", str(report), *limits)
+        options = ("--template", "text-plain", "--device", "cpu", "--json", str(report), *limits)
         run(python("-m", "inference.evaluate", hf_dir, patterns, *options))
     return json.loads(report.read_text(encoding="utf-8"))
 

@@ -1,6 +1,7 @@
 """Train one stage.
 
-    deepspeed --num_gpus 2 train/main.py --config configs/quickstart/stage1.yaml    # a laptop's CPU
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 train/main.py \
+        --config configs/quickstart/stage1.yaml                                     # a laptop's CPU
     deepspeed train/main.py --config configs/stage1.yaml run.dir=runs/invoices      # one node
     sbatch slurm/stage1.sh configs/stage1.yaml run.dir=runs/invoices                # a cluster
     python train/main.py --config configs/stage1.yaml --dry-run                     # plan only

@@ -43,8 +43,9 @@ def choose_attention(setting: str, device_type: str, precision: str) -> dict[str
     if name is None:
         raise ConfigError(
             f"model.attention={setting}: {' and '.join(PACKAGES[name] for name in wanted)} cannot "
-            "be imported; install the extra `gpu`, a torch with torch.nn.attention.varlen, or use "
-            "model.attention=sdpa (slow: the vision encoder then runs window by window)"
+            "be imported; install flash-attn (docs/gpu.md) or a torch with "
+            "torch.nn.attention.varlen, or use model.attention=sdpa (slow: the vision encoder then "
+            "runs window by window)"
         )
     implementation = VARLEN_NAME if name == "varlen" else name
     return {"text_config": implementation, "vision_config": implementation}
