@@ -2,8 +2,9 @@
 
 import pytest
 
-from data_tools.errors import LaunchError
-from train.ranks import Ranks, export_ranks, find_ranks
+import train.ranks
+from data_tools.errors import ConfigError, LaunchError
+from train.ranks import Ranks, export_ranks, find_ranks, stop_all
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
@@ -65,3 +66,21 @@ def test_ranks_share_the_cores_unless_threads_are_set() -> None:
     env = {"OMP_NUM_THREADS": "7"}
     export_ranks(Ranks(), env)
     assert env["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(("rank", "prefix"), [(0, "ConfigError"), (3, "[rank 3] ConfigError")])
+def test_an_error_of_any_rank_is_told_before_it_ends(
+    rank: int, prefix: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.ranks, "SECONDS_FOR_RANK_0_TO_SPEAK", 0)
+    with pytest.raises(SystemExit) as ended:
+        stop_all(ConfigError("optim.lrr is not a known key"), rank)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{prefix}: optim.lrr is not a known key\n"
+
+
+def test_only_a_task_of_slurm_has_cores_of_its_own() -> None:
+    shared = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_CPUS_PER_TASK": "64"}
+    assert find_ranks(shared).num_cores is None
+    task = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}
+    assert find_ranks(task | {"SLURM_CPUS_PER_TASK": "4"}).num_cores == 4
