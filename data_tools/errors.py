@@ -28,10 +28,20 @@ class DataError(LecternError):
     """A document, shard or index is not what it has to be."""
 
 
+class ShardChangedError(DataError):
+    """A shard is no longer what its index describes: replaced or cut off."""
+
+
 class BadDataShareError(DataError):
     """More of the data is unusable than the configuration allows."""
 
     exit_code = EXIT_DATA
+
+
+class StorageError(LecternError):
+    """Storage gave no correct answer, after retries. It stops a rank and never makes a hole."""
+
+    exit_code = EXIT_DEFECT
 
 
 class CheckpointError(LecternError):

@@ -15,7 +15,15 @@ import numpy as np
 
 from data_tools.errors import DataError
 from data_tools.examples.characters import CharPrior, token_weights
-from data_tools.examples.images import PATCH_PX, num_visual_tokens, resize, smart_resize
+from data_tools.examples.images import (
+    FACTOR_PX,
+    PATCH_PX,
+    PixelMode,
+    contiguous,
+    num_visual_tokens,
+    resize,
+    smart_resize,
+)
 from data_tools.examples.preprocess import Transform, apply_transforms
 from data_tools.examples.tasks import Conversation, Span, Turn
 
@@ -24,22 +32,53 @@ END_OF_TURN = "<|im_end|>"
 GUARD = "\ufdd0"  # a code point that is no character: marks special tokens that are only text
 
 
+FULL_SCALE = 1000  # thousandths of a page's side
+CONTEXT = 64  # tokens of the answer that a part of it repeats from the part before
+
+
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pages are prepared: named transforms, then the resize into the pixel limits."""
+    """How pages are prepared: named transforms, then the resize into the pixel limits.
+
+    Attributes:
+        min_pixels: of a resized page.
+        max_pixels: of a resized page.
+        transforms: applied before the resize.
+        mode: of the resize: "exact" gives the pixels of transformers' PIL processor, "fast" those
+            of its torchvision one (`data_tools.examples.images.resize`).
+    """
 
     min_pixels: int
     max_pixels: int
     transforms: tuple[Transform, ...] = ()
+    mode: PixelMode = "exact"
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """Return the (H, W, 3) uint8 image that the model sees; H and W are multiples of 28."""
-        image = apply_transforms(image, self.transforms)
-        return resize(image, *self.resized_size(*image.shape[:2]))
+    def prepare(self, image: np.ndarray, scale: int = FULL_SCALE) -> np.ndarray:
+        """Return the (H, W, 3) uint8 image that the model sees; H and W are multiples of 28.
 
-    def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) px that `smart_resize` gives a transformed image."""
-        return smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        Args:
+            image: (H, W, 3) uint8, as decoded.
+            scale: of this image (`resized_size`).
+        """
+        if self.transforms:
+            image = apply_transforms(contiguous(image), self.transforms)
+        height, width = image.shape[:2]
+        return resize(image, *self.resized_size(height, width, scale), self.mode)
+
+    def resized_size(self, height: int, width: int, scale: int = FULL_SCALE) -> tuple[int, int]:
+        """Return the (height, width) px that `smart_resize` gives a transformed image.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+            scale: below 1000 the pixel limit is that of the normal size, shrunk to this many
+                thousandths a side, at least one visual token.
+        """
+        size = smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        if scale >= FULL_SCALE:
+            return size
+        limit = max(FACTOR_PX**2, size[0] * size[1] * scale**2 // FULL_SCALE**2)
+        return smart_resize(height, width, min_pixels=FACTOR_PX**2, max_pixels=limit)
 
     @property
     def keeps_size(self) -> bool:
@@ -87,6 +126,17 @@ class Example:
     def grid_thw(self) -> np.ndarray:
         """(I, 3) int64: frames, patch rows and patch columns of each image."""
         return grid_of(self.images)
+
+
+def part_of_answer(length: int, window: int, windows: int) -> tuple[int, int]:
+    """Return (start, stop): which label tokens of a split answer are those of one part.
+
+    Args:
+        length: label tokens of the answer, its end token included.
+        window: number of the part, from 0.
+        windows: number of parts; they differ by one token at most.
+    """
+    return -(-window * length // windows), -(-(window + 1) * length // windows)
 
 
 def grid_of(images: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -145,7 +195,12 @@ class Encoder:
         return Prompt(self._expand(ids, images), images)
 
     def example(
-        self, key: str, conversation: Conversation, images: tuple[np.ndarray, ...]
+        self,
+        key: str,
+        conversation: Conversation,
+        images: tuple[np.ndarray, ...],
+        window: int = 0,
+        windows: int = 1,
     ) -> Example:
         """Build a training example: every answer of the assistant and its end token is a label.
 
@@ -153,6 +208,12 @@ class Encoder:
             key: of the sample.
             conversation: its turns; the images stand in them in order.
             images: prepared pages (`ImageSettings.prepare`).
+            window: which part of the answer is wanted.
+            windows: into how many parts the answer is split (`part_of_answer`). Each part has the
+                whole prompt before it, and of the answer up to 64 tokens, which are no labels.
+
+        Raises:
+            DataError: if the text is unusable, or several answers are to be split.
         """
         ids, targets, weights = self._encode(conversation)
         expanded = self._expand(ids, images)
@@ -161,7 +222,8 @@ class Encoder:
         counts = [num_visual_tokens(*image.shape[:2]) for image in images]
         growth = np.cumsum([0, *(count - 1 for count in counts)])
         moved = targets + growth[np.searchsorted(pads, targets)]
-        return Example(key, expanded, images, moved, weights)
+        example = Example(key, expanded, images, moved, weights)
+        return example if windows == 1 else _part(example, window, windows)
 
     def count(self, conversation: Conversation) -> tuple[int, int]:
         """Return (tokens without image pads, label tokens) of a conversation."""
@@ -264,6 +326,24 @@ class Encoder:
             split_special_tokens=True,
         )
         return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _part(example: Example, window: int, windows: int) -> Example:
+    """Return the prompt, some context and one part of an example's only answer."""
+    positions = example.target_positions
+    first = int(positions[0])
+    if int(positions[-1]) - first != len(positions) - 1:
+        raise DataError(f'sample "{example.key}": only a single answer can be split')
+    start, stop = part_of_answer(len(positions), window, windows)
+    context = min(CONTEXT, start)
+    ids = example.input_ids
+    return Example(
+        example.key,
+        np.concatenate([ids[:first], ids[first + start - context : first + stop]]),
+        example.images,
+        np.arange(first + context, first + context + stop - start),
+        example.weights[start:stop],
+    )
 
 
 def _guard(special: str) -> str:

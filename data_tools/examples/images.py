@@ -4,6 +4,9 @@ The rule of the Hugging Face image processor (`smart_resize`, patch 14, merge 2)
 multiples of 28 px, the area lies in [min_pixels, max_pixels], the aspect ratio is kept. What the
 processor does not do is done here first: EXIF orientation, 16-bit grey scaled instead of clipped,
 transparency composited on white.
+
+Scans are mostly grey. A grey page is decoded once: its three equal channels are a view on one
+(stride 0), and the resize, which treats channels alike, works on that one.
 """
 
 import io
@@ -12,11 +15,14 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_tools.errors import DataError
+from data_tools.examples.resample import resize_exact, resize_fast
 from data_tools.sample import Box
 
 PATCH_PX = 14
@@ -25,16 +31,31 @@ MAX_IMAGE_PIXELS = 100_000_000
 MAX_ASPECT = 200
 ORIENTATION = 0x0112  # EXIF tag
 
+PixelMode = Literal["exact", "fast"]
+
 
 def decode(data: bytes, name: str = "image") -> np.ndarray:
     """Decode an encoded image into (height, width, 3) uint8 RGB, oriented by its EXIF tag.
+
+    The channels of a grey image are read-only views on one; `contiguous` makes them three.
 
     Raises:
         DataError: if the bytes are no image, are cut off, or the image is absurdly large.
     """
     with _open_image(data, name, "cannot be decoded") as image:
-        plain = _decode_jpeg(data, image)
-        return plain if plain is not None else np.asarray(_to_rgb(image))
+        pixels = _decode_jpeg(data, image)
+        if pixels is None:
+            pixels = np.asarray(_flatten(image))
+    if pixels.ndim == 2:
+        pixels = np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3))
+    return pixels
+
+
+def contiguous(image: np.ndarray) -> np.ndarray:
+    """Return a (H, W, 3) uint8 image whose channels lie side by side in memory."""
+    if _is_gray(image):
+        return np.asarray(cv2.cvtColor(image[:, :, 0], cv2.COLOR_GRAY2RGB))
+    return np.ascontiguousarray(image)
 
 
 def oriented_size(data: bytes, name: str = "image") -> tuple[int, int]:
@@ -75,11 +96,22 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
     return new_height, new_width
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H, W, 3) uint8 with Pillow's antialiased bicubic, bit-equal to the PIL processor."""
+def resize(image: np.ndarray, height: int, width: int, mode: PixelMode = "exact") -> np.ndarray:
+    """Resize (H, W, 3) uint8 by antialiased bicubic interpolation.
+
+    Args:
+        image: from `decode`, or any other.
+        height: wanted, in pixels.
+        width: wanted, in pixels.
+        mode: "exact" is bit-equal to Pillow and so to the PIL image processor of transformers,
+            "fast" to torch's uint8 kernel and so to the torchvision one.
+    """
     if image.shape[:2] == (height, width):
-        return np.ascontiguousarray(image)
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        return contiguous(image)
+    gray = _is_gray(image)
+    pixels = np.ascontiguousarray(image[:, :, 0] if gray else image)
+    resized = (resize_exact if mode == "exact" else resize_fast)(pixels, height, width)
+    return np.asarray(cv2.cvtColor(resized, cv2.COLOR_GRAY2RGB)) if gray else resized
 
 
 def num_visual_tokens(height: int, width: int) -> int:
@@ -101,6 +133,11 @@ def scale_box(box: Box, from_wh: tuple[int, int], to_wh: tuple[int, int]) -> Box
     x2 = min(max(x1 + 1, round(box[2] * scale_x)), to_wh[0])
     y2 = min(max(y1 + 1, round(box[3] * scale_y)), to_wh[1])
     return x1, y1, x2, y2
+
+
+def _is_gray(image: np.ndarray) -> bool:
+    """Return whether the channels are views on one (`decode`)."""
+    return image.strides[2] == 0
 
 
 @contextmanager
@@ -147,29 +184,35 @@ def _has_late_metadata(png: bytes) -> bool:
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """Decode a plain JPEG with simplejpeg (bit-equal to Pillow, faster); None for anything else."""
+    """Decode a plain JPEG with simplejpeg (bit-equal to Pillow, faster); None for anything else.
+
+    Returns:
+        (H, W, 3) uint8, or (H, W) of a grey one.
+    """
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
     import simplejpeg
 
-    pixels = simplejpeg.decode_jpeg(data, "RGB")
-    if image.getexif().get(ORIENTATION, 1) == 1:
+    is_gray = image.mode == "L"
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "GRAY" if is_gray else "RGB")
+    pixels = pixels[:, :, 0] if is_gray else pixels
+    orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation == 1:
         return pixels
     oriented = Image.fromarray(pixels)
-    oriented.getexif()[ORIENTATION] = image.getexif()[ORIENTATION]
+    oriented.getexif()[ORIENTATION] = orientation
     return np.asarray(ImageOps.exif_transpose(oriented))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image) -> Image.Image:
+    """Return the upright image as RGB, or as L if it is grey without transparency."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         page = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def _check_size(name: str, width: int, height: int) -> None:

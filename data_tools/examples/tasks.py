@@ -8,6 +8,7 @@ for: a page without fields is never asked for them.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,17 @@ class Recipe:
                 f"{len(self.templates)} templates with the weights {self.weights}; expected one "
                 "weight of at least 0 for each template, and a positive sum"
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON values."""
+        templates = [t.model_dump(mode="json", by_alias=True) for t in self.templates]
+        return {"templates": templates, "weights": list(self.weights), "seed": self.seed}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Recipe":
+        """Read what `to_json` wrote."""
+        templates = tuple(Template.model_validate(template) for template in record["templates"])
+        return cls(templates, tuple(record["weights"]), record["seed"])
 
     def choose(self, key: str, epoch: int, answerable: Sequence[bool] | None = None) -> int:
         """Return the index of the template for a sample in an epoch.

@@ -1,155 +1,176 @@
-"""Where every sample of a shard lies: one index file beside each tar, `name-000123.tar.index`.
+"""Where every sample of a shard lies: one index file a tar, beside it or in a folder of indexes.
 
-The index holds what depends on the shard alone. It is a safetensors file (columns, no pickle, easy
-to memory-map): per sample the byte range that holds all its members, the JSON inside it and the
-number of annotated characters; per image its range and oriented size. How long a sample is for a
-given tokenizer and task is not in here but in `data_tools.stream.lengths`.
+The index holds what depends on the shard alone. It is a file of columns, memory-mapped
+(`data_tools.stream.columns`): per sample the byte range that holds all its members, the record
+inside it, the number of characters and a checksum; per image its range and oriented size. How long
+a sample is for a given tokenizer and task is not in here but in `data_tools.stream.lengths`.
 """
 
 import hashlib
 import json
 import os
-import re
-import tarfile
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import braceexpand
-import fsspec
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from data_tools.errors import DataError
-from data_tools.sample import IMAGE_EXTENSIONS, Sample
-from data_tools.stream.files import OpenFiles, write_atomically
+from data_tools.errors import DataError, ShardChangedError
+from data_tools.jobs import run_jobs
+from data_tools.sample import Sample
+from data_tools.stream.columns import create_columns, open_columns
+from data_tools.stream.files import beside, make_local_folder, write_atomically
+from data_tools.stream.ranges import ByteRange
+from data_tools.stream.remote import (
+    call,
+    connect,
+    exists,
+    how_to_index,
+    http_status,
+    is_local,
+    local_path,
+)
+from data_tools.stream.scan import Scan, scan
+from data_tools.stream.shard_index import Keys, ShardIndex, reader
+from data_tools.stream.storage import shard_identity, shard_version
 
-INDEX_VERSION = "1"
+__all__ = ["ShardChangedError", "ShardIndex", "beside", "expand", "index_shard", "index_shards",
+           "iterate_samples", "open_index", "same_shards"]  # fmt: skip
+
+INDEX_VERSION = "2"
 FINGERPRINT_BYTES = 65536
-BLOCK_BYTES = 512  # of a tar: headers and padding
-# WebDataset's own rule: the key goes up to the first dot behind the last slash.
-MEMBER_NAME = re.compile(r"(?:\./)*((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
+HEADERS_BLOCK_BYTES = 65536  # headers and records are read from remote shards in such pieces
+WHOLE_BLOCK_BYTES = 8 * 2**20
+LOOKUPS_AT_A_TIME = 16
+ERRORS_SHOWN = 5
 
 
-class ShardChangedError(DataError):
-    """A shard is no longer what its index describes: replaced or cut off."""
+def index_path(shard: str, index_dir: str | None = None) -> str:
+    """Return where the index of a shard lies (`beside`)."""
+    return beside(shard, ".index", index_dir)
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The columns of one shard.
+def index_shard(shard: str, *, index_dir: str | None = None, checksums: bool = False) -> ShardIndex:
+    """Index one shard, store the index and return it.
 
-    Attributes:
-        path: of the tar (a path or URL).
-        offset: (n,) uint64, first byte of a sample's first member header.
-        size: (n,) uint32, length of the range that holds all members of a sample.
-        json_start, json_size: (n,) uint32, `KEY.json` inside that range.
-        num_chars: (n,) uint32, characters of all annotations or of `text`.
-        first_image: (n + 1,) uint32, a sample's images are rows [first_image[i], first_image[i+1]).
-        image_start, image_size: (m,) uint32, an encoded image inside its sample's range.
-        image_wh: (m, 2) uint32, oriented width and height in pixels.
-        keys: the samples' names.
-        identity: digest of the tar's size and both of its ends.
-    """
-
-    path: str
-    offset: np.ndarray
-    size: np.ndarray
-    json_start: np.ndarray
-    json_size: np.ndarray
-    num_chars: np.ndarray
-    first_image: np.ndarray
-    image_start: np.ndarray
-    image_size: np.ndarray
-    image_wh: np.ndarray
-    keys: tuple[str, ...]
-    identity: str
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def parse(self, row: int, data: bytes) -> Sample:
-        """Build the sample of a row from the bytes of its range."""
-        start = int(self.json_start[row])
-        record = _load_json(self.keys[row], data[start : start + int(self.json_size[row])])
-        images = []
-        for image in range(int(self.first_image[row]), int(self.first_image[row + 1])):
-            begin = int(self.image_start[image])
-            images.append(data[begin : begin + int(self.image_size[image])])
-        return Sample.from_json(self.keys[row], record, tuple(images))
-
-    def read(self, row: int) -> Sample:
-        """Read one sample: one range read of the tar.
-
-        Raises:
-            ShardChangedError: if the tar does not hold this sample where its index says.
-            DataError: if the sample is malformed.
-        """
-        offset, size = int(self.offset[row]), int(self.size[row])
-        data = _open_shards.read(self.path, self.identity, offset, size)
-        header = data[max(0, int(self.json_start[row]) - BLOCK_BYTES) :][:BLOCK_BYTES]
-        if len(data) != size or not _is_header_of(header, self.keys[row]):
-            raise ShardChangedError(
-                f'{self.path}, sample "{self.keys[row]}": the shard does not hold what its index '
-                "says; it was replaced or cut off. Delete the .index and .lengths files beside it "
-                "to index it again"
-            )
-        return self.parse(row, data)
-
-
-def index_path(shard: str) -> str:
-    """Return where the index of a shard lies."""
-    return f"{shard}.index"
-
-
-def index_shard(shard: str) -> ShardIndex:
-    """Index one shard, write the index beside it and return it.
+    Args:
+        shard: path or URL.
+        index_dir: a folder for the index, if not beside the shard.
+        checksums: read all of a remote shard for its checksums; local ones always have them.
 
     Raises:
-        DataError: if the tar is damaged, a sample's members are not adjacent, one has no JSON, or
-            the index cannot be written beside the shard.
+        DataError: if the file is no tar, holds no whole sample before a damage, or the index cannot
+            be stored.
+        StorageError: if the shard cannot be read.
     """
-    identity = _identity(shard)
-    index = _scan(shard, identity["sha256_of_ends"])
-    columns = {name: getattr(index, name) for name in _COLUMNS}
-    blob = "\n".join(index.keys).encode("utf-8")
-    columns["keys"] = np.frombuffer(blob, np.uint8)
-    write_atomically(index_path(shard), save(columns, {"version": INDEX_VERSION} | identity))
-    return index
+    identity, etag = _identity(shard)
+    size, has_checksums = int(identity.split("-")[0]), checksums or is_local(shard)
+    block = WHOLE_BLOCK_BYTES if has_checksums else HEADERS_BLOCK_BYTES
+    with reader.open(shard, shard_version(identity, etag), block) as file:
+        found = scan(shard, file, size, checksums=has_checksums)
+    if index_dir is not None:
+        make_local_folder(index_dir)
+    metadata = {
+        "version": INDEX_VERSION,
+        "shard": shard,
+        "identity": identity,
+        "etag": etag,
+        "damage": found.damage,
+        "checksums": str(int(has_checksums)),
+    }
+    url = index_path(shard, index_dir)
+    write_atomically(url, _file_of(found, metadata))
+    stored = _stored(url)
+    if stored is None:
+        raise DataError(f"{url}: the index was removed while it was made; start the command again")
+    return _shard_index(shard, *stored, etag)
 
 
-def open_index(shard: str) -> ShardIndex:
-    """Open the index of a shard; make it if there is none.
+def open_index(shard: str, index_dir: str | None = None) -> ShardIndex:
+    """Open the index of a shard; make it if there is none, or one of an earlier release.
 
     Raises:
         ShardChangedError: if the index belongs to another version of the shard.
         DataError: if the index is damaged.
+        StorageError: if shard or index cannot be read.
     """
-    url = index_path(shard)
-    filesystem, path = fsspec.core.url_to_fs(url)
-    if not filesystem.exists(path):
-        return index_shard(shard)
-    local = path if "file" in _protocols(filesystem) else fsspec.open_local(f"simplecache::{url}")
+    url = index_path(shard, index_dir)
+    stored = _stored(url)
+    if stored is None:
+        return index_shard(shard, index_dir=index_dir)
+    return _shard_index(shard, *stored, _check_identity(shard, url, stored[1]))
+
+
+def index_shards(
+    shards: Sequence[str],
+    *,
+    workers: int,
+    index_dir: str | None = None,
+    checksums: bool = False,
+    replace: bool = False,
+) -> list[str]:
+    """Make the indexes that are missing, in parallel, with a progress bar.
+
+    Args:
+        shards: paths or URLs.
+        workers: processes.
+        index_dir: a folder for the indexes, if not beside the shards.
+        checksums: also those of remote shards, all of which is read then.
+        replace: index anew a shard that was replaced since; else that is an error.
+
+    Returns:
+        The shards that were indexed now.
+
+    Raises:
+        ShardChangedError: if a shard is not the one that was indexed.
+        DataError: if shards cannot be indexed; all others are.
+        StorageError: if a shard cannot be read.
+    """
+
+    def is_missing(shard: str) -> bool:
+        url = index_path(shard, index_dir)
+        stored = _stored(url)
+        if stored is None or (checksums and stored[1].get("checksums") != "1"):
+            return True
+        try:
+            _check_identity(shard, url, stored[1])
+        except ShardChangedError:
+            if not replace:
+                raise
+            return True
+        return False
+
+    unique = list(dict.fromkeys(shards))
+    with ThreadPoolExecutor(LOOKUPS_AT_A_TIME) as pool:
+        missing = [s for s, m in zip(unique, pool.map(is_missing, unique), strict=True) if m]
+    if not missing:
+        return []
+    jobs = [_Job(shard, index_dir, checksums) for shard in missing]
+    failed = [error for error in run_jobs(_run_job, jobs, workers, "indexing shards") if error]
+    if failed:
+        rest = f"\n... and {len(failed) - ERRORS_SHOWN} more" if len(failed) > ERRORS_SHOWN else ""
+        raise DataError("\n".join(sorted(failed)[:ERRORS_SHOWN]) + rest)
+    return missing
+
+
+@dataclass(frozen=True)
+class _Job:
+    shard: str
+    index_dir: str | None
+    checksums: bool
+
+
+def _run_job(job: _Job) -> str:
+    """Index a shard; return what is wrong with it."""
     try:
-        with safe_open(local, framework="np") as file:
-            metadata = file.metadata() or {}
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DataError(f"{url}: no readable index ({error}); delete it") from error
-    expected = {"version": INDEX_VERSION} | _identity(shard)
-    if any(metadata.get(name) != value for name, value in expected.items()):
-        raise ShardChangedError(
-            f"{url} describes another version of this shard ({metadata.get('tar_bytes')} bytes, "
-            f"now {expected['tar_bytes']}); delete it and the .lengths files beside it"
-        )
-    blob = bytes(columns.pop("keys")).decode("utf-8")
-    return ShardIndex(
-        path=shard,
-        keys=tuple(blob.split("\n")) if blob else (),
-        identity=metadata["sha256_of_ends"],
-        **columns,
-    )
+        index_shard(job.shard, index_dir=job.index_dir, checksums=job.checksums)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -160,12 +181,10 @@ def expand(patterns: list[str]) -> list[str]:
     Raises:
         DataError: if a pattern, or a part of its braces, matches nothing.
     """
-    return [
-        shard
-        for pattern in patterns
-        for part in _braces(pattern)
-        for shard in _match(part, pattern)
-    ]
+    parts = [(part, pattern) for pattern in patterns for part in _braces(pattern)]
+    with ThreadPoolExecutor(LOOKUPS_AT_A_TIME) as pool:
+        found = list(pool.map(_match, *zip(*parts, strict=True))) if parts else []
+    return [shard for shards in found for shard in shards]
 
 
 def same_shards(first: list[str], second: list[str]) -> list[str]:
@@ -182,171 +201,116 @@ def same_shards(first: list[str], second: list[str]) -> list[str]:
 
 
 def iterate_samples(patterns: list[str]) -> Iterator[Sample]:
-    """Read every sample of the shards in their order, images included."""
+    """Read every usable sample of the shards in their order, images included.
+
+    Samples with a reason in their index are passed over; `python -m data_tools.index` counts them.
+    """
     for shard in expand(patterns):
         index = open_index(shard)
         for row in range(len(index)):
-            yield index.read(row)
+            if row not in index.reasons:
+                yield index.read(row)
 
-
-_open_shards = OpenFiles()
 
 _COLUMNS = (
-    "offset",
-    "size",
-    "json_start",
-    "json_size",
-    "num_chars",
-    "first_image",
-    "image_start",
-    "image_size",
-    "image_wh",
-)
+    "offset", "size", "crc32", "kind", "json_start", "json_size", "num_chars", "first_image",
+    "image_start", "image_size", "image_wh",
+)  # fmt: skip
 
 
-def _scan(shard: str, identity: str) -> ShardIndex:
-    rows: list[tuple[int, int, int, int, int]] = []
-    images: list[tuple[int, int, int, int]] = []
-    first_image, keys = [0], []
-    with fsspec.open(shard, "rb") as file:
-        for key, members in _groups(shard, file):
-            begin = members[0].offset
-            record_member, pages = _json_and_pages(shard, key, members)
-            file.seek(record_member.offset_data)
-            try:
-                sample = Sample.from_json(key, _load_json(key, file.read(record_member.size)))
-            except DataError as error:
-                raise DataError(f"{shard}: {error}") from error
-            if len(pages) != len(sample.images):
-                raise DataError(
-                    f'{shard}, sample "{key}": {len(pages)} image files, '
-                    f"{len(sample.images)} in {key}.json"
-                )
-            for member, page in zip(pages, sample.images, strict=True):
-                images.append((member.offset_data - begin, member.size, page.width, page.height))
-            end = max(member.offset_data + member.size for member in members)
-            start = record_member.offset_data - begin
-            rows.append((begin, end - begin, start, record_member.size, _num_chars(sample)))
-            first_image.append(len(images))
-            keys.append(key)
-    offset, size, json_start, json_size, num_chars = np.asarray(rows, np.uint64).reshape(-1, 5).T
-    image = np.asarray(images, np.uint32).reshape(-1, 4)
+def _file_of(found: Scan, metadata: dict[str, str]) -> bytes:
+    """Return the content of an index file."""
+    keys = Keys.of(found.keys)
+    reasons = json.dumps(found.reasons, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    columns = found.columns() | {
+        "keys": keys.blob,
+        "key_end": keys.ends,
+        "reasons": np.frombuffer(reasons, np.uint8),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "index"
+        specs = {name: (column.dtype, column.shape) for name, column in columns.items()}
+        with create_columns(path, specs, metadata) as stored:
+            for name, column in columns.items():
+                stored[name][:] = column
+        return path.read_bytes()
+
+
+def _stored(url: str) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+    """Open an index file; None if there is none of this release."""
+    try:
+        if is_local(url):
+            columns, metadata = open_columns(local_path(url))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "index"
+                path.write_bytes(call(url, _content))
+                columns, metadata = open_columns(path)  # stays mapped when the file is gone
+    except FileNotFoundError:
+        return None
+    except DataError as error:
+        raise DataError(f"{url}: no readable index; delete it ({error})") from error
+    return (columns, metadata) if metadata.get("version") == INDEX_VERSION else None
+
+
+def _content(filesystem: Any, path: str) -> bytes:
+    try:
+        return cast(bytes, filesystem.cat_file(path))
+    except Exception as error:  # each client has errors of its own
+        # Object stores answer 403 for what is not there to those who may not list.
+        if isinstance(error, PermissionError) or http_status(error) == 403:
+            raise FileNotFoundError(path) from error
+        raise
+
+
+def _shard_index(
+    shard: str, columns: dict[str, np.ndarray], metadata: dict[str, str], etag: str
+) -> ShardIndex:
+    reasons = json.loads(bytes(columns["reasons"]))
     return ShardIndex(
         path=shard,
-        offset=np.ascontiguousarray(offset),
-        size=size.astype(np.uint32),
-        json_start=json_start.astype(np.uint32),
-        json_size=json_size.astype(np.uint32),
-        num_chars=num_chars.astype(np.uint32),
-        first_image=np.asarray(first_image, np.uint32),
-        image_start=np.ascontiguousarray(image[:, 0]),
-        image_size=np.ascontiguousarray(image[:, 1]),
-        image_wh=np.ascontiguousarray(image[:, 2:]),
-        keys=tuple(keys),
-        identity=identity,
+        keys=Keys(columns["keys"], columns["key_end"]),
+        reasons={int(row): reason for row, reason in reasons.items()},
+        damage=metadata["damage"],
+        identity=metadata["identity"],
+        etag=etag,
+        **{name: columns[name] for name in _COLUMNS},
     )
 
 
-def _json_and_pages(
-    shard: str, key: str, members: list[tarfile.TarInfo]
-) -> tuple[tarfile.TarInfo, list[tarfile.TarInfo]]:
-    """Return `KEY.json` and the images in the order of their numbers, however the tar has them."""
-    records: list[tarfile.TarInfo] = []
-    pages: list[tuple[int, int, tarfile.TarInfo]] = []
-    for member in members:
-        extension = _split_name(member.name)[1]
-        *number, kind = extension.split(".")
-        if extension == "json":
-            records.append(member)
-        elif kind in IMAGE_EXTENSIONS:
-            place = int(number[-1]) if number and number[-1].isdecimal() else -1
-            pages.append((place, len(pages), member))
-    if len(records) != 1:
-        how_many = "two" if records else "no"
-        raise DataError(f'{shard}, sample "{key}": {how_many} {key}.json; expected one a sample')
-    return records[0], [member for _, _, member in sorted(pages, key=lambda page: page[:2])]
+def _identity(shard: str) -> tuple[str, str]:
+    """Return (identity, etag) of a shard as it is now."""
+    size, etag = reader.state_of(shard)
+    length = min(size, FINGERPRINT_BYTES)
+    places = [(0, length), (size - length, length)]
+    if is_local(shard):
+        with reader.open(shard) as file:
+            ends = [os.pread(file.fileno(), length, start) for start, length in places]
+    else:
+        ends = reader.read_many([ByteRange(shard, "", *place) for place in places])
+    return shard_identity(size, hashlib.sha256(b"".join(ends)).hexdigest()), etag
 
 
-def _groups(shard: str, file: Any) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """Yield (key, members) of a WebDataset tar; members that WebDataset skips are skipped."""
-    key = ""
-    members: list[tarfile.TarInfo] = []
-    seen: set[str] = set()
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                name = _split_name(member.name)[0] if member.isfile() else ""
-                if not name:
-                    continue
-                if members and name != key:
-                    yield key, members
-                    members = []
-                if not members:
-                    _check_key(shard, name, seen)
-                    seen.add(name)
-                key = name
-                members.append(member)
-            if members:
-                yield key, members
-            file.seek(tar.offset)
-            if file.read(BLOCK_BYTES) != bytes(BLOCK_BYTES):
-                # tarfile takes a damaged header behind the first one for the end.
-                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise DataError(f"{shard}: no readable tar file ({error}); build it again") from error
+def _check_identity(shard: str, url: str, metadata: dict[str, str]) -> str:
+    """Return the etag of a shard that is the one that was indexed.
 
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Return (key, extension in lower case) of a member's name; ("", "") if it is of no sample."""
-    match = MEMBER_NAME.fullmatch(name)
-    return (match.group(1), match.group(2).lower()) if match else ("", "")
-
-
-def _check_key(shard: str, key: str, seen: set[str]) -> None:
-    if key in seen:
-        raise DataError(
-            f'{shard}: the members of sample "{key}" are not adjacent, or two samples share the '
-            "key; write the shard in WebDataset order"
-        )
-    if "\n" in key or not key.isprintable():
-        raise DataError(f"{shard}: the key {key!r} holds a character that no key may have")
-
-
-def _is_header_of(header: bytes, key: str) -> bool:
-    """Return whether a tar header can be that of `KEY.json`."""
-    name = f"{key}.json".encode()
-    if header[257:262] != b"ustar":
-        return False
-    if not key.isascii() or len(name) > 100 - len("./"):
-        return True  # stands in an extended header, which is written in several ways
-    return header[:100].rstrip(b"\0").lower().removeprefix(b"./") == name.lower()
-
-
-def _num_chars(sample: Sample) -> int:
-    if sample.text is not None:
-        return len(sample.text)
-    return sum(len(annotation.text) for annotation in sample.annotations)
-
-
-def _load_json(key: str, data: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f'sample "{key}": {key}.json is no valid JSON ({error})') from error
-    if not isinstance(record, dict):
-        raise DataError(f'sample "{key}": {key}.json holds no JSON object')
-    return record
-
-
-def _identity(shard: str) -> dict[str, str]:
-    """Return what tells one version of a shard from another: its size and both of its ends."""
-    with fsspec.open(shard, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        digest = hashlib.sha256(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return {"tar_bytes": str(size), "sha256_of_ends": digest.hexdigest()}
+    Raises:
+        ShardChangedError: if it is another one.
+    """
+    etag = "" if is_local(shard) else reader.state_of(shard)[1]
+    # An index may have come with its shard from another place, where etags are others.
+    if etag and metadata["etag"] and metadata["shard"] == shard:
+        is_same, now = etag == metadata["etag"], f"ETag {etag}, now"
+    else:
+        identity, etag = _identity(shard)
+        is_same, now = identity == metadata["identity"], f"{identity.split('-')[0]} bytes, now"
+    if is_same:
+        return etag
+    was = metadata["identity"].split("-")[0]
+    raise ShardChangedError(
+        f"{url} describes another version of this shard ({was} bytes, then; {now}). "
+        f"{how_to_index(shard)}, or delete the index and the .lengths files beside it"
+    )
 
 
 def _braces(pattern: str) -> list[str]:
@@ -362,25 +326,24 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _match(part: str, pattern: str) -> list[str]:
-    filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(part))
-    matches = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
-    if not matches or not filesystem.exists(matches[0]):
+    place = os.path.expanduser(part)
+    filesystem, inner = connect(place)
+    is_web = place.startswith(("http://", "https://"))  # where ? begins a query
+    if any(c in inner for c in ("*[" if is_web else "*?[")):
+        found = sorted(call(place, lambda filesystem, path: filesystem.glob(path)))
+    else:
+        found = [inner] if exists(place) else []
+    matches = found if is_local(place) else [filesystem.unstrip_protocol(m) for m in found]
+    if not matches:
         whole = "" if part == pattern else f", a part of {pattern}"
         raise DataError(
             f"no shard matches {part}{whole}; build some with `python -m data_tools.build SRC OUT`"
         )
-    if "file" in _protocols(filesystem):
-        return matches
-    return [filesystem.unstrip_protocol(match) for match in matches]
+    return matches
 
 
 def _resolve(shard: str) -> str:
-    filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(shard))
-    if "file" in _protocols(filesystem):
-        return os.path.realpath(path)
+    if is_local(shard):
+        return os.path.realpath(local_path(shard))
+    filesystem, path = connect(shard)
     return str(filesystem.unstrip_protocol(path))
-
-
-def _protocols(filesystem: Any) -> tuple[str, ...]:
-    protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)

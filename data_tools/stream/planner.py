@@ -7,7 +7,7 @@ and vision patches.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,11 +15,24 @@ import numpy as np
 from data_tools.errors import DataError
 
 WINDOW = 64
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class PlannedSample(NamedTuple):
-    """A sample with the question that it is asked in this epoch, and what that costs."""
+    """A sample with the question that it is asked in this epoch, and what that costs.
+
+    Attributes:
+        source: number of the source.
+        draw: number of the draw from it.
+        sample_id: row of the source's catalogue.
+        epoch: counted from 0.
+        template: number of the question.
+        tokens: text and visual tokens.
+        patches: vision patches.
+        scale: side length of its images in thousandths; below 1000 they were too large for a pack.
+        window: which part of its answer this is, where the answer is too long for a pack.
+        windows: into how many parts the answer is split.
+    """
 
     source: int
     draw: int
@@ -28,21 +41,24 @@ class PlannedSample(NamedTuple):
     template: int
     tokens: int
     patches: int
+    scale: int = 1000
+    window: int = 0
+    windows: int = 1
 
 
 Pack = tuple[PlannedSample, ...]
 
 
 class DrawableSource(Protocol):
-    """An endless stream of samples, addressed by draw number: draw = epoch * size + position."""
+    """An endless stream of samples, epoch after epoch, addressed by the number of the draw."""
 
     weight: float  # of interleaving: how densely its samples lie in the plan while it lasts
 
-    def __len__(self) -> int:
-        """Return the samples of an epoch."""
+    def num_draws(self, epochs: int) -> int:
+        """Return how many draws the first epochs take."""
 
-    def draw(self, source: int, number: int) -> PlannedSample:
-        """Return the sample of a draw."""
+    def draws(self, source: int, number: int) -> tuple[PlannedSample, ...]:
+        """Return the sample of a draw; in several parts where its answer is split."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +66,33 @@ class DataState:
     """What fully determines every later batch; JSON of under 4 KB.
 
     Attributes:
-        fingerprint: of index, tokenizer, recipe and image settings.
+        settings: name of a setting that the plan depends on -> its digest.
+        shards: digest of each source's shards.
         step: the next step.
         cursors: draws made from each source.
-        used: samples taken from each source, which interleaving goes by.
-        window: (source, draw) of the candidates that are not packed yet, oldest first.
+        window: (source, draw, part) of the candidates that are not packed yet, oldest first.
     """
 
-    fingerprint: str
+    settings: dict[str, str]
+    shards: tuple[str, ...]
+    cursors: tuple[int, ...]
     step: int = 0
-    cursors: tuple[int, ...] = (0,)
-    used: tuple[int, ...] = (0,)
-    window: tuple[tuple[int, int], ...] = ()
+    window: tuple[tuple[int, int, int], ...] = ()
+
+    @classmethod
+    def first(cls, settings: dict[str, str], shards: Sequence[str]) -> "DataState":
+        """Return the state of an untouched run."""
+        return cls(settings, tuple(shards), (0,) * len(shards))
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as plain JSON values."""
         return {
             "version": STATE_VERSION,
-            "fingerprint": self.fingerprint,
-            "step": self.step,
+            "settings": self.settings,
+            "shards": list(self.shards),
             "cursors": list(self.cursors),
-            "used": list(self.used),
-            "window": [list(pair) for pair in self.window],
+            "step": self.step,
+            "window": [list(entry) for entry in self.window],
         }
 
     @classmethod
@@ -79,14 +100,15 @@ class DataState:
         """Read what `to_json` wrote; DataError for another version."""
         if record.get("version") != STATE_VERSION:
             raise DataError(
-                f"data state of version {record.get('version')!r}, expected {STATE_VERSION}"
+                f"data state of version {record.get('version')!r}, expected {STATE_VERSION}; go on "
+                "with the program that wrote it, or take a fresh run.dir"
             )
         return cls(
-            fingerprint=record["fingerprint"],
-            step=int(record["step"]),
+            settings=dict(record["settings"]),
+            shards=tuple(record["shards"]),
             cursors=tuple(record["cursors"]),
-            used=tuple(record["used"]),
-            window=tuple((int(k), int(c)) for k, c in record["window"]),
+            step=int(record["step"]),
+            window=tuple((int(k), int(c), int(w)) for k, c, w in record["window"]),
         )
 
 
@@ -109,7 +131,7 @@ class Step:
         """63-bit hash of the step's content, to be compared over the ranks."""
         digest = hashlib.blake2b(digest_size=8)
         for pack in self.packs:
-            digest.update(repr([tuple(sample)[:5] for sample in pack]).encode())
+            digest.update(repr([tuple(sample) for sample in pack]).encode())
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def assign(self, world_size: int) -> list[list[Pack | None]]:
@@ -135,13 +157,14 @@ def pack_cost(pack: Pack) -> int:
 class Planner:
     """Makes steps of `packs_per_step` packs out of weighted sources, for a number of epochs.
 
-    Each source is seen exactly `epochs` times. The weights decide nothing but how the sources are
-    interleaved: of two that are both in progress, one of weight 2 gives two samples to each sample
-    of one of weight 1. It therefore ends sooner, and what is left of the other comes last.
+    Each source is seen exactly as often as it has epochs. The weights decide nothing but how the
+    sources are interleaved: of two that are both in progress, one of weight 2 gives two samples to
+    each sample of one of weight 1. It therefore ends sooner, and what is left of the other comes
+    last.
 
     Args:
         sources: the streams to draw from.
-        epochs: how often each source is seen, whatever its weight; a source leaves at its end.
+        epochs: how often each of them is seen, whatever its weight; a source leaves at its end.
         token_budget: tokens of a pack at most.
         patch_budget: vision patches of a pack at most.
         packs_per_step: M, the global batch in packs.
@@ -149,25 +172,26 @@ class Planner:
     """
 
     sources: Sequence[DrawableSource]
-    epochs: int
+    epochs: Sequence[int]
     token_budget: int
     patch_budget: int
     packs_per_step: int
     state: DataState
+    num_packs: int = field(default=0, init=False)
+    num_patch_bound: int = field(default=0, init=False)  # packs that the patch budget decided
     _window: list[PlannedSample] = field(default_factory=list, init=False)
     _cursors: list[int] = field(default_factory=list, init=False)
-    _used: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        counts = {len(self.sources), len(self.state.cursors), len(self.state.used)}
-        if len(counts) > 1 or any(k >= len(self.sources) for k, _ in self.state.window):
+        counts = {len(self.sources), len(self.state.cursors), len(self.epochs)}
+        if len(counts) > 1 or any(k >= len(self.sources) for k, _, _ in self.state.window):
             raise DataError(
                 f"the data state is of {len(self.state.cursors)} sources, the run has "
                 f"{len(self.sources)}; go on with the data of the interrupted run"
             )
         self._cursors = list(self.state.cursors)
-        self._used = list(self.state.used)
-        self._window = [self.sources[k].draw(k, c) for k, c in self.state.window]
+        self._ends = [s.num_draws(n) for s, n in zip(self.sources, self.epochs, strict=True)]
+        self._window = [self.sources[k].draws(k, c)[w] for k, c, w in self.state.window]
         self._step = self.state.step
 
     def next_step(self) -> Step | None:
@@ -178,25 +202,28 @@ class Planner:
         if not packs:
             return None
         self._step += 1
-        window = tuple((sample.source, sample.draw) for sample in self._window)
-        self.state = DataState(
-            self.state.fingerprint, self._step, tuple(self._cursors), tuple(self._used), window
+        self.state = replace(
+            self.state,
+            cursors=tuple(self._cursors),
+            step=self._step,
+            window=tuple((sample.source, sample.draw, sample.window) for sample in self._window),
         )
         return Step(self._step - 1, tuple(packs), self.state)
 
     def _next_pack(self) -> Pack | None:
         while len(self._window) < WINDOW and (source := self._choose_source()) is not None:
-            self._window.append(self.sources[source].draw(source, self._cursors[source]))
+            self._window += self.sources[source].draws(source, self._cursors[source])
             self._cursors[source] += 1
-            self._used[source] += 1
         if not self._window:
             return None
-        chosen = choose_pack(
+        chosen, is_patch_bound = choose_pack(
             [sample.tokens for sample in self._window],
             [sample.patches for sample in self._window],
             self.token_budget,
             self.patch_budget,
         )
+        self.num_packs += 1
+        self.num_patch_bound += is_patch_bound
         pack = tuple(self._window[i] for i in chosen)
         taken = set(chosen)
         self._window = [sample for i, sample in enumerate(self._window) if i not in taken]
@@ -204,15 +231,15 @@ class Planner:
 
     def _choose_source(self) -> int | None:
         """Return the live source furthest behind its weight; ties go to the lower number."""
-        live = [k for k, s in enumerate(self.sources) if self._cursors[k] < self.epochs * len(s)]
+        live = [k for k, cursor in enumerate(self._cursors) if cursor < self._ends[k]]
         if not live:
             return None
-        return min(live, key=lambda k: ((self._used[k] + 1) / self.sources[k].weight, k))
+        return min(live, key=lambda k: ((self._cursors[k] + 1) / self.sources[k].weight, k))
 
 
 def choose_pack(
     tokens: list[int], patches: list[int], token_budget: int, patch_budget: int
-) -> list[int]:
+) -> tuple[list[int], bool]:
     """Choose the candidates of a pack: the oldest, and those that fill the rest best.
 
     The result is the canonical (oldest first) solution of the subset-sum problem over tokens, and,
@@ -225,15 +252,16 @@ def choose_pack(
         patch_budget: of the pack.
 
     Returns:
-        Ascending indices, 0 among them.
+        Ascending indices, 0 among them; and whether the patches decided the choice.
     """
     if tokens[0] > token_budget or patches[0] > patch_budget:
         raise ValueError(f"a sample of {tokens[0]} tokens, {patches[0]} patches fits no pack")
     room, patch_room = token_budget - tokens[0], patch_budget - patches[0]
     chosen = _subset_sum(tokens, room)
-    if sum(patches[i] for i in chosen) > patch_room:
+    is_patch_bound = sum(patches[i] for i in chosen) > patch_room
+    if is_patch_bound:
         chosen = _two_budgets(tokens, patches, room, patch_room)
-    return [0, *chosen]
+    return [0, *chosen], is_patch_bound
 
 
 def _subset_sum(tokens: list[int], room: int) -> list[int]:

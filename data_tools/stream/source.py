@@ -1,100 +1,247 @@
-"""A source: the usable samples of a set of shards, in the order of its epochs."""
+"""A source: the samples of a catalogue, in the order of its epochs."""
 
-from dataclasses import dataclass, field
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.errors import DataError
 from data_tools.examples.tasks import Recipe
 from data_tools.sample import Sample
+from data_tools.stream.catalogue import Generation
+from data_tools.stream.columns import open_columns
+from data_tools.stream.fit import (
+    FULL_SCALE,
+    PATCHES_PER_VISUAL_TOKEN,
+    Fit,
+    window_tokens,
+)
 from data_tools.stream.hashing import hash_key
-from data_tools.stream.index import ShardIndex, open_index
-from data_tools.stream.lengths import Lengths, read_lengths
 from data_tools.stream.order import EpochOrder
 from data_tools.stream.planner import PlannedSample
+from data_tools.stream.ranges import ByteRange, RangeReader
+from data_tools.stream.records import parse_record, parse_sample
 
 BLOCK = 4096
-PATCHES_PER_VISUAL_TOKEN = 4
-NEVER_ASKED = "has an answer only for templates of weight 0"
 
 
 @dataclass(frozen=True)
-class Budgets:
-    """Limits of one pack: tokens (text and visual) and vision patches."""
+class ShardName:
+    """A shard of a source: where it lies, which version of it was indexed, and what it lost."""
 
-    tokens: int
-    patches: int
+    url: str
+    identity: str
+    version: str
+    damage: str
 
 
-@dataclass
 class Source:
-    """Samples of a set of shards with their lengths.
+    """Samples of a set of shards with their lengths, from a memory-mapped catalogue.
+
+    Args:
+        path: of the catalogue.
+        weight: how densely its samples lie among those of other sources, as long as both last.
 
     Attributes:
-        shards: their indexes, in order; a sample id is a row number over all of them.
         recipe: which question is asked in which epoch.
-        usable: (n,) int64 ids of the samples that are used, ascending.
-        tokens: (templates, all) int64 text and visual tokens.
-        patches: (all,) int64 vision patches.
+        shards: in the order of the catalogue.
+        generations: how many of them belong to which epoch.
+        used: (n,) uint32 ids of the samples that are used, ascending.
+        status: (all,) uint8, index into `catalogue.WHY`.
         answerable: (templates, all) bool, whether a sample has an answer for a template and fits a
-            pack with it; a usable sample has at least one.
-        left_out: why samples are not used -> (how many, the first one's key).
-        weight: how densely its samples lie among those of other sources, as long as both last.
-            Every source is seen exactly as often as the plan has epochs, whatever its weight.
+            pack with it; a used sample has at least one.
+        left_out: why samples are not used -> (how many, the first one's key and reason).
+        reasons: sample id -> why a damaged or unusable sample is left out (10,000 at most).
+        duplicates: how many samples share their key with an earlier one, and the first such key.
     """
 
-    shards: list[ShardIndex]
-    recipe: Recipe
-    usable: np.ndarray
-    tokens: np.ndarray
-    patches: np.ndarray
-    answerable: np.ndarray
-    left_out: dict[str, tuple[int, str]]
-    weight: float = 1.0
-    _orders: dict[tuple[int, int], EpochOrder] = field(default_factory=dict, init=False)
-    _blocks: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, init=False)
+    def __init__(self, path: str, weight: float = 1.0) -> None:
+        self.path, self.weight = path, weight
+        self._columns, metadata = open_columns(path)
+        self.recipe = Recipe.from_json(json.loads(metadata["recipe"]))
+        self.shards = [ShardName(*record) for record in json.loads(metadata["shards"])]
+        self.generations = [Generation(**g) for g in json.loads(metadata["generations"])]
+        self.left_out = {
+            why: (n, key) for why, (n, key) in json.loads(metadata["left_out"]).items()
+        }
+        self.reasons = {int(row): why for row, why in json.loads(metadata["reasons"]).items()}
+        self.duplicates: tuple[int, str] = tuple(json.loads(metadata["duplicates"]))
+        self.used, self.status = self._columns["used"], self._columns["status"]
+        self.answerable = self._columns["answerable"]
+        self._first_row, self._first_used = self._columns["first_row"], self._columns["first_used"]
+        self._sizes = [int(self._first_used[g.num_shards]) for g in self.generations]
+        self._starts = self._first_draws()
+        self._orders: dict[tuple[int, int], EpochOrder] = {}
+        self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def __post_init__(self) -> None:
-        self._first_id = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        self._usable_sizes = np.diff(np.searchsorted(self.usable, self._first_id))
+    def __reduce__(self) -> tuple[type, tuple[str, float]]:
+        """Pickle as the path: every process maps the file by itself."""
+        return Source, (self.path, self.weight)
 
     def __len__(self) -> int:
-        return len(self.usable)
-
-    def draw(self, source: int, number: int) -> PlannedSample:
-        """Return the sample of a draw; divided by the size it gives epoch and position."""
-        epoch, position = divmod(number, len(self))
-        sample_id = int(self.usable[self._position(source, epoch, position)])
-        key, answerable = self.key(sample_id), self.answerable[:, sample_id]
-        template = self.recipe.choose(key, epoch, answerable.tolist())
-        return PlannedSample(
-            source,
-            number,
-            sample_id,
-            epoch,
-            template,
-            int(self.tokens[template, sample_id]),
-            int(self.patches[sample_id]),
-        )
+        """Return the samples of an epoch, once all shards have joined."""
+        return len(self.used)
 
     @property
-    def shares(self) -> np.ndarray:
-        """(templates, n) float64: how often each question is asked of each usable sample."""
-        return self.recipe.shares(self.answerable[:, self.usable])
+    def num_samples(self) -> int:
+        """Samples of the shards, used or not."""
+        return len(self.status)
+
+    @property
+    def num_fitted(self) -> tuple[int, int]:
+        """Return how many samples are longer than a pack and shrunk, and split, to fit one."""
+        fits = self._columns["fit"]
+        is_split = (fits[:, :, Fit._fields.index("windows")] > 1).any(axis=1)
+        return int((~is_split).sum()), int(is_split.sum())
+
+    @property
+    def digest(self) -> str:
+        """What tells this set of shards from another one."""
+        return self.generations[-1].digest
+
+    def restricted_to(self, sample_ids: Sequence[int]) -> "Source":
+        """Return a source of some of the used samples; it lives in this process alone."""
+        part = copy.copy(self)
+        part.used = np.asarray(sorted(sample_ids), np.uint32)
+        part._first_used = np.searchsorted(part.used, self._first_row)
+        part._sizes = [int(part._first_used[g.num_shards]) for g in self.generations]
+        part._starts = part._first_draws()
+        part._orders, part._blocks = {}, {}
+        return part
+
+    def num_draws(self, epochs: int) -> int:
+        """Return how many draws the first epochs take."""
+        number = self._generation(epochs)
+        first = self.generations[number].first_epoch
+        return self._starts[number] + (epochs - first) * self._sizes[number]
+
+    def epoch_of(self, number: int) -> tuple[int, int]:
+        """Return (epoch, position in it) of a draw."""
+        generation = max(i for i, start in enumerate(self._starts) if start <= number)
+        epochs, position = divmod(number - self._starts[generation], self._sizes[generation])
+        return self.generations[generation].first_epoch + epochs, position
+
+    def epoch_size(self, epoch: int) -> int:
+        """Return the samples of an epoch."""
+        return self._sizes[self._generation(epoch)]
+
+    def draws(self, source: int, number: int) -> tuple[PlannedSample, ...]:
+        """Return the sample of a draw; in several parts where its answer is split."""
+        epoch, position = self.epoch_of(number)
+        sample_id = int(self.used[self._position(source, epoch, position)])
+        template = self._template(sample_id, epoch)
+        text = int(self._columns["text"][template, sample_id])
+        scale, windows, visual = self._fit(sample_id, template)
+        patches = PATCHES_PER_VISUAL_TOKEN * visual
+        if windows == 1:
+            planned = (source, number, sample_id, epoch, template, text + visual, patches, scale)
+            return (PlannedSample(*planned),)
+        targets = int(self._columns["targets"][template, sample_id])
+        return tuple(
+            PlannedSample(
+                source,
+                number,
+                sample_id,
+                epoch,
+                template,
+                window_tokens(text, targets, visual, window, windows),
+                patches,
+                scale,
+                window,
+                windows,
+            )
+            for window in range(windows)
+        )
+
+    def shares(self, sample_id: int) -> np.ndarray:
+        """Return the (templates,) shares in which a sample is asked each question."""
+        return self.recipe.shares(self.answerable[:, sample_id : sample_id + 1])[:, 0]
 
     def key(self, sample_id: int) -> str:
         """Return the name of a sample."""
-        shard, row = self._locate(sample_id)
-        return self.shards[shard].keys[row]
+        start, end = self._columns["key_end"][sample_id : sample_id + 2].tolist()
+        return bytes(self._columns["keys"][start:end]).decode("utf-8")
 
-    def read(self, sample_id: int) -> Sample:
+    def byte_range(self, sample_id: int) -> ByteRange:
+        """Return where the bytes of a sample lie."""
+        offset, size = (int(self._columns[name][sample_id]) for name in ("offset", "size"))
+        return self._range(sample_id, offset, size)
+
+    def parse(self, sample_id: int, data: bytes) -> Sample:
+        """Build a sample from the bytes of its range.
+
+        Raises:
+            ShardChangedError: if the shard does not hold this sample there.
+            DataError: if the bytes are not those that were indexed, or the sample is malformed.
+        """
+        crc32 = int(self._columns["crc32"][sample_id])
+        return parse_sample(
+            self.key(sample_id), *self._record(sample_id), self._images(sample_id), crc32, data
+        )
+
+    def read(self, sample_id: int, reader: RangeReader) -> Sample:
         """Read a sample, images included."""
-        shard, row = self._locate(sample_id)
-        return self.shards[shard].read(row)
+        return self.parse(sample_id, reader.read(self.byte_range(sample_id)))
 
-    def _locate(self, sample_id: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._first_id, sample_id, side="right")) - 1
-        return shard, sample_id - int(self._first_id[shard])
+    def read_record(self, sample_id: int, reader: RangeReader) -> Sample:
+        """Read a sample without the bytes of its images."""
+        kind, start, size = self._record(sample_id)
+        offset = int(self._columns["offset"][sample_id]) + start
+        data = reader.read(self._range(sample_id, offset, size))
+        return parse_record(self.key(sample_id), kind, data, self._images(sample_id))
+
+    def image_sizes(self, sample_id: int) -> list[tuple[int, int]]:
+        """Return (width, height) px of the oriented pages of a sample."""
+        return [(width, height) for _, _, width, height in self._images(sample_id)]
+
+    def lengths(self, template: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (all,) uint32 text tokens with a template, and visual tokens at full size."""
+        return self._columns["text"][template], self._columns["visual"]
+
+    def _first_draws(self) -> list[int]:
+        """Return the number of the first draw of each generation."""
+        starts = [0]
+        for one, two, size in zip(
+            self.generations, self.generations[1:], self._sizes, strict=False
+        ):
+            starts.append(starts[-1] + (two.first_epoch - one.first_epoch) * size)
+        return starts
+
+    def _generation(self, epoch: int) -> int:
+        return max(i for i, g in enumerate(self.generations) if g.first_epoch <= epoch)
+
+    def _template(self, sample_id: int, epoch: int) -> int:
+        if len(self.recipe.weights) == 1:
+            return 0
+        answerable = self.answerable[:, sample_id].tolist()
+        return self.recipe.choose(self.key(sample_id), epoch, answerable)
+
+    def _fit(self, sample_id: int, template: int) -> Fit:
+        rows = self._columns["fit_row"]
+        place = int(np.searchsorted(rows, sample_id)) if len(rows) else 0
+        if place < len(rows) and rows[place] == sample_id:
+            found = Fit(*self._columns["fit"][place, template].tolist())
+            if found.windows:  # zeros: with this template the sample fits as it is
+                return found
+        return Fit(FULL_SCALE, 1, int(self._columns["visual"][sample_id]))
+
+    def _record(self, sample_id: int) -> tuple[int, int, int]:
+        kind, start, size = (self._columns[n] for n in ("kind", "json_start", "json_size"))
+        return int(kind[sample_id]), int(start[sample_id]), int(size[sample_id])
+
+    def _images(self, sample_id: int) -> list[tuple[int, int, int, int]]:
+        """Return (start, size, width, height) of each image."""
+        first, end = self._columns["first_image"][sample_id : sample_id + 2].tolist()
+        starts, sizes, wh = (
+            self._columns[name][first:end].tolist()
+            for name in ("image_start", "image_size", "image_wh")
+        )
+        return [(a, b, w, h) for a, b, (w, h) in zip(starts, sizes, wh, strict=True)]
+
+    def _range(self, sample_id: int, offset: int, size: int) -> ByteRange:
+        shard = self.shards[int(np.searchsorted(self._first_row, sample_id, side="right")) - 1]
+        return ByteRange(shard.url, shard.version, offset, size)
 
     def _position(self, source: int, epoch: int, position: int) -> int:
         block = position // BLOCK
@@ -110,71 +257,6 @@ class Source:
         return int(self._blocks[source, epoch, block][position % BLOCK])
 
     def _order(self, source: int, epoch: int) -> EpochOrder:
-        key = hash_key(self.recipe.seed, "order", source, epoch)
-        return EpochOrder(self._usable_sizes, key)
-
-
-def open_source(
-    shards: list[str],
-    mark: str,
-    recipe: Recipe,
-    budgets: Budgets,
-    *,
-    max_chars: int | None = None,
-    min_chars: int = 0,
-    weight: float = 1.0,
-) -> Source:
-    """Open shards whose lengths have been made, and leave out what cannot be used.
-
-    Args:
-        shards: paths or URLs.
-        mark: fingerprint of the lengths.
-        recipe: the run's templates.
-        budgets: a sample that exceeds them alone with a template is never asked that, nor cut.
-        max_chars: leave out samples with more annotated characters.
-        min_chars: leave out samples with fewer.
-        weight: how the samples of several sources are interleaved (`Source`).
-
-    Raises:
-        DataError: if nothing usable remains.
-    """
-    indexes = [open_index(shard) for shard in shards]
-    lengths = [read_lengths(index, mark) for index in indexes]
-    visual = np.concatenate([part.visual for part in lengths]).astype(np.int64)
-    text = np.concatenate([part.text for part in lengths], axis=1).astype(np.int64)
-    chars = np.concatenate([index.num_chars for index in indexes]).astype(np.int64)
-    tokens = text + visual
-    patches = visual * PATCHES_PER_VISUAL_TOKEN
-    keys = [key for index in indexes for key in index.keys]
-
-    answered = (text > 0) & (np.asarray(recipe.weights)[:, None] > 0)
-    answerable = answered & (tokens <= budgets.tokens) & (patches <= budgets.patches)
-    broken = answered.sum(axis=0) == 0
-    too_long = ~broken & (answerable.sum(axis=0) == 0)
-    outside = (chars < min_chars) | (chars > (max_chars or np.iinfo(np.int64).max))
-    left_out = {
-        name: (int(mask.sum()), keys[int(np.argmax(mask))])
-        for name, mask in (
-            ("unusable", broken),
-            ("longer than a pack", too_long),
-            ("not in the selected lengths", outside & ~broken),
-        )
-        if mask.any()
-    }
-    if broken.any():
-        count, first = left_out["unusable"]
-        left_out["unusable"] = (count, f"{first}: {_first_reason(lengths, broken)}")
-    usable = np.flatnonzero(~broken & ~too_long & ~outside)
-    if not len(usable):
-        raise DataError(f"none of the {len(keys)} samples of {shards[0]} ... is usable: {left_out}")
-    return Source(indexes, recipe, usable, tokens, patches, answerable, left_out, weight)
-
-
-def _first_reason(lengths: list[Lengths], broken: np.ndarray) -> str:
-    """Return why the first of the samples, marked over all shards, cannot be used."""
-    row = int(np.argmax(broken))
-    for part in lengths:
-        if row < len(part.visual):
-            return part.reasons.get(row, NEVER_ASKED)
-        row -= len(part.visual)
-    return NEVER_ASKED
+        shards = self.generations[self._generation(epoch)].num_shards
+        sizes = np.diff(self._first_used[: shards + 1])
+        return EpochOrder(sizes, hash_key(self.recipe.seed, "order", source, epoch))

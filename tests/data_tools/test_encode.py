@@ -5,12 +5,21 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_tools.errors import DataError
 from data_tools.examples.characters import CharPrior, CharPriorSettings
-from data_tools.examples.encode import IMAGE_PAD, Encoder, Example, ImageSettings
+from data_tools.examples.encode import (
+    CONTEXT,
+    IMAGE_PAD,
+    Encoder,
+    Example,
+    ImageSettings,
+    part_of_answer,
+)
 from data_tools.examples.images import FACTOR_PX
-from data_tools.examples.preprocess import LineStrip
+from data_tools.examples.preprocess import Contrast, LineStrip
 from data_tools.examples.tasks import Conversation, Span, Turn
 from tests.builders import draw_page
 
@@ -173,6 +182,74 @@ def test_pages_come_in_multiples_of_28_px_within_the_limits() -> None:
         assert image.shape[:2] == settings.resized_size(height, width)
     assert settings.keeps_size
     assert not ImageSettings(784, 20_000, (LineStrip(),)).keeps_size
+
+
+def test_a_scale_lowers_the_pixel_limit_of_one_page() -> None:
+    settings = ImageSettings(3136, 1_000_000)
+    assert settings.resized_size(900, 700) == settings.resized_size(900, 700, 1000) == (896, 700)
+    areas = []
+    for scale in range(1000, 99, -50):
+        height, width = settings.resized_size(900, 700, scale)
+        assert settings.prepare(np.zeros((900, 700, 3), np.uint8), scale).shape[:2] == (
+            height,
+            width,
+        )
+        assert height * width <= max(28 * 28, 896 * 700 * scale**2 // 10**6)
+        areas.append(height * width)
+    assert areas == sorted(areas, reverse=True) and areas[0] > 50 * areas[-1]
+    assert settings.resized_size(900, 700, 1) == (28, 28)
+    assert settings.resized_size(20, 20, 600) == (28, 28), "below min_pixels, but never nothing"
+
+
+def test_transforms_see_three_channels_side_by_side() -> None:
+    seen = []
+
+    class Spy(Contrast):
+        def __call__(self, image: np.ndarray) -> np.ndarray:
+            seen.append(image.flags.c_contiguous)
+            return super().__call__(image)
+
+    gray = np.broadcast_to(draw_page(100, 60, ["x"])[:, :, :1], (60, 100, 3))
+    ImageSettings(784, 10**6, (Spy(name="contrast"),)).prepare(gray)
+    assert seen == [True]
+
+
+@given(st.integers(1, 3000), st.integers(1, 40))
+def test_parts_of_an_answer_cover_it_once(length: int, windows: int) -> None:
+    parts = [part_of_answer(length, window, windows) for window in range(windows)]
+    assert parts[0][0] == 0 and parts[-1][1] == length
+    assert all(one[1] == two[0] for one, two in zip(parts, parts[1:], strict=False))
+    sizes = [stop - start for start, stop in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_split_answer_has_every_label_once_behind_the_whole_prompt(encoder: Encoder) -> None:
+    turns = exchange("Read it.", "Total 12.50 发票 " * 40, 2)
+    images = prepared(encoder, 2)
+    whole = encoder.example("k", turns, images)
+    first = int(whole.target_positions[0])
+    head, length = whole.input_ids[:first].tolist(), len(whole.target_positions)
+    labels, weights = [], []
+    for window in range(4):
+        part = encoder.example("k", turns, images, window, 4)
+        start, stop = part_of_answer(length, window, 4)
+        context = min(CONTEXT, start)
+        assert part.input_ids[:first].tolist() == head
+        before = whole.input_ids[first + start - context : first + start].tolist()
+        assert part.input_ids[first : first + context].tolist() == before
+        assert len(part.input_ids) == len(head) + context + stop - start
+        assert part.target_positions.tolist() == list(range(first + context, len(part.input_ids)))
+        assert len(part.images) == 2 and len(part.weights) == len(part.target_positions)
+        labels += part.input_ids[part.target_positions].tolist()
+        weights += part.weights.tolist()
+    assert labels == whole.input_ids[whole.target_positions].tolist()
+    assert labels[-1] == encoder.end_id and weights == whole.weights.tolist()
+
+
+def test_several_answers_are_never_split(encoder: Encoder) -> None:
+    turns = exchange("a", "b", 0) + exchange("c", "d", 0)
+    with pytest.raises(DataError, match='sample "k": only a single answer can be split'):
+        encoder.example("k", turns, (), 0, 2)
 
 
 def test_transforms_run_before_the_resize() -> None:

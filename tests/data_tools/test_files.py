@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import fsspec
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.stream import index as index_module
-from data_tools.stream.files import OpenFiles, write_atomically
+from data_tools.stream import files as files_module
+from data_tools.stream.files import Descriptors, beside, read_at, write_atomically
 from data_tools.stream.index import index_shard, open_index
+from data_tools.stream.shard_index import reader
 from tests.builders import make_sample, write_shards
 
 
@@ -24,28 +26,79 @@ def num_open_tars() -> int:
             names.append(os.readlink(f"/proc/self/fd/{number}"))
         except FileNotFoundError:
             continue  # the descriptor that listed the folder
-    return sum(name.endswith(".tar") for name in names)
+    return sum(".tar" in name and not name.endswith(".index") for name in names)
 
 
-def test_reading_many_shards_keeps_few_files_open(tmp_path: Path) -> None:
-    indexes = [open_index(shard) for shard in write_shards(tmp_path, [1] * 150)]
-    for number in [*range(150), *range(150)]:
+def test_reading_many_shards_keeps_few_files_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader._here.descriptors, "limit", 20)
+    indexes = [open_index(shard) for shard in write_shards(tmp_path, [1] * 50)]
+    for number in [*range(50), *range(50)]:
         assert indexes[number].read(0) == make_sample(number)
-        assert num_open_tars() <= 64
-    assert len(index_module._open_shards) == 64
+        assert num_open_tars() <= 20
 
 
 def test_the_file_unused_for_longest_is_closed(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
         path.write_bytes(path.name.encode())
-    files = OpenFiles(limit=2)
+    files = Descriptors(limit=2)
     assert files.read(str(paths[0]), "v1", 0, 9) == b"a"
     (first,) = files._files.values()
     for name in "bac":
         assert files.read(str(tmp_path / name), "v1", 0, 9) == name.encode()
     assert [Path(url).name for url, _ in files._files] == ["a", "c"]
     assert files._files[str(paths[0]), "v1"] is first
+    del first
+    files.close(str(paths[0]), "v1")
+    assert len(files) == 1
+
+
+def test_no_thread_reads_from_a_file_that_another_one_closed(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}") for number in range(6)]
+    for path in paths:
+        Path(path).write_text(path)
+    files, wrong = Descriptors(limit=1), []
+
+    def read() -> None:
+        for number in range(600):
+            path = paths[number * 5 % 6]
+            if files.read(path, "v", 0, 999) != path.encode():
+                wrong.append(path)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_reads_longer_than_the_kernel_gives_are_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(100)))
+    pread = os.pread
+    monkeypatch.setattr(files_module.os, "pread", lambda fd, n, at: pread(fd, min(n, 7), at))
+    with open(path, "rb") as file:
+        assert read_at(file.fileno(), 3, 50) == bytes(range(3, 53))
+        assert read_at(file.fileno(), 90, 50) == bytes(range(90, 100))
+        assert read_at(file.fileno(), 200, 50) == b""
+
+
+def test_files_beside_a_shard_or_in_a_folder_for_them() -> None:
+    url = "s3://bucket/a/train.tar"
+    assert beside(url, ".index") == "s3://bucket/a/train.tar.index"
+    names = {
+        beside(shard, suffix, "/indexes/")
+        for shard in (url, "s3://bucket/b/train.tar", "/data/train.tar", "train.tar")
+        for suffix in (".index", ".lengths-1")
+    }
+    assert len(names) == 8
+    assert all(n.startswith("/indexes/") and "-train.tar." in n for n in names)
+    assert beside("file:///data/train.tar", ".x", "d") == beside("/data/train.tar", ".x", "d")
 
 
 def test_a_replaced_file_is_opened_anew(tmp_path: Path) -> None:
@@ -99,7 +152,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(
         return opened(self, path, mode, **options)
 
     monkeypatch.setattr(local, "open", read_only)
-    with pytest.raises(DataError, match="Make the folder writable, or copy the shards") as caught:
+    with pytest.raises(DataError, match=r"set data.index_dir \(commands: --index-dir\)") as caught:
         index_shard(shard)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path} is not writable ({os.strerror(number)})")

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hub_resize
 
 from data_tools.errors import DataError
+from data_tools.examples import resample
 from data_tools.examples.images import (
+    contiguous,
     decode,
     num_visual_tokens,
     oriented_size,
@@ -254,6 +257,86 @@ def test_resize_equals_pillow_and_copies_nothing_it_need_not_change() -> None:
     expected = Image.fromarray(image).resize((84, 56), Image.Resampling.BICUBIC)
     assert np.array_equal(resize(image, 56, 84), np.asarray(expected))
     assert resize(image, 50, 90) is image
+
+
+GRAY_FILES = {
+    "jpeg": ("L", "JPEG", {}),
+    "turned jpeg": ("L", "JPEG", {"orientation": 6}),
+    "png": ("L", "PNG", {}),
+    "fax": ("1", "TIFF", {}),
+}
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("name", GRAY_FILES)
+def test_a_gray_page_is_one_channel_and_resizes_as_three_do(name: str, mode: Any) -> None:
+    colours, kind, options = GRAY_FILES[name]
+    data = encode(Image.fromarray(noise(610, 333)).convert(colours), kind, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    page, expected = decode(data), np.array(upright.convert("RGB"))
+    assert page.strides[2] == 0 and np.array_equal(page, expected)
+    assert contiguous(page).flags.c_contiguous and np.array_equal(contiguous(page), expected)
+    for size in [(560, 280), (280, 560), (588, 1008), page.shape[:2]]:
+        found = resize(page, *size, mode)
+        assert found.flags.c_contiguous and np.array_equal(found, resize(expected, *size, mode))
+
+
+def pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def torch_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """As the torchvision processor calls it: planes, one after the other in memory."""
+    planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+    resized = torch.nn.functional.interpolate(
+        planes, (height, width), mode="bicubic", antialias=True
+    )
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+lengths = st.integers(2, 700)
+cells = st.integers(1, 24)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths, lengths, cells, cells, st.booleans())
+def test_both_modes_equal_their_references(
+    height: int, width: int, rows: int, columns: int, is_hard: bool
+) -> None:
+    """Ink without grey overshoots at every edge, so that clipping counts between the passes."""
+    page = noise(height, width, seed=height)
+    page = (page & 1) * np.uint8(255) if is_hard else page
+    size = (28 * rows, 28 * columns)
+    gray = np.broadcast_to(page[:, :, :1], page.shape)
+    assert np.array_equal(resize(page, *size), pillow(page, *size))
+    assert np.array_equal(resize(gray, *size), pillow(contiguous(gray), *size))
+    assert np.array_equal(resize(page, *size, "fast"), torch_bicubic(page, *size))
+    assert np.array_equal(resize(gray, *size, "fast"), torch_bicubic(contiguous(gray), *size))
+    if 4 * max(height / size[0], width / size[1]) + 2 <= resample.MAX_TAPS:
+        assert np.array_equal(resample._resize_integer(page, *size), pillow(page, *size))
+
+
+@pytest.mark.parametrize("shape", [(900, 400), (400, 900), (500, 510), (300, 1200)])
+@pytest.mark.parametrize("size", [(448, 392), (392, 448), (308, 1204), (896, 392)])
+def test_the_order_of_the_passes_is_pillows(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    page = noise(*shape)
+    assert np.array_equal(resample.resize_exact(page, *size), pillow(page, *size))
+
+
+def test_a_pillow_that_resizes_otherwise_is_used_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact means equal to the installed Pillow, whatever it does."""
+    resample._equals_pillow.cache_clear()
+    resample._blocks.cache_clear()
+    monkeypatch.setattr(resample, "PRECISION_BITS", 14)
+    try:
+        assert not resample._equals_pillow()
+        page = noise(700, 500)
+        assert np.array_equal(resample.resize_exact(page, 560, 420), pillow(page, 560, 420))
+    finally:
+        monkeypatch.undo()
+        resample._equals_pillow.cache_clear()
+        resample._blocks.cache_clear()
+    assert resample._equals_pillow()
 
 
 def test_visual_tokens_are_cells_of_28_px() -> None:

@@ -1,14 +1,13 @@
 """The index of a shard: round trip, foreign tars, damage, races."""
 
 import dataclasses
-import io
 import json
+import mmap
 import multiprocessing
 import os
 import tarfile
 import threading
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from data_tools.errors import DataError
 from data_tools.sample import Annotation, Sample
@@ -25,26 +25,14 @@ from data_tools.stream.index import (
     expand,
     index_path,
     index_shard,
+    index_shards,
     iterate_samples,
     open_index,
     same_shards,
 )
+from data_tools.stream.shard_index import Keys
 from tests.builders import make_sample, write_shard, write_shards
-
-Members = list[tuple[str, bytes]]
-
-
-def write_tar(path: Path, members: Members, **options: Any) -> str:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(path)
-
-
-def members_of(*samples: Sample) -> Members:
-    return [item for sample in samples for item in sample.to_members().items()]
+from tests.data_tools.tars import Members, members_of, write_tar
 
 
 def test_every_sample_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -137,87 +125,96 @@ def test_extensions_may_be_in_capitals_and_others_are_left_alone(tmp_path: Path)
     assert index_shard(write_tar(tmp_path / "a.tar", members)).read(0) == sample
 
 
-SAMPLES = [make_sample(0), make_sample(1)]
-IMAGE_0, JSON_0, IMAGE_1, JSON_1 = members_of(*SAMPLES)
-
-
-@pytest.mark.parametrize(
-    "members, complaint",
-    [
-        ([IMAGE_0, IMAGE_1, JSON_0, JSON_1], '"doc-0000": no doc-0000.json'),
-        ([JSON_0, JSON_1, IMAGE_0, IMAGE_1], '"doc-0000": 0 image files, 1 in doc-0000.json'),
-        ([IMAGE_0, JSON_0, IMAGE_1, JSON_1, IMAGE_0, JSON_0], '"doc-0000" are not adjacent'),
-        ([IMAGE_0, JSON_0, JSON_0], '"doc-0000": two doc-0000.json'),
-        ([IMAGE_0, IMAGE_1, JSON_1], '"doc-0000": no doc-0000.json'),
-        ([IMAGE_0, IMAGE_0, JSON_0], '"doc-0000": 2 image files, 1 in'),
-        ([IMAGE_0, ("doc-0000.json", b"{")], '"doc-0000": doc-0000.json is no valid JSON'),
-        ([IMAGE_0, ("doc-0000.json", b"[]")], '"doc-0000": doc-0000.json holds no JSON object'),
-        ([IMAGE_0, ("doc-0000.json", b'{"version": 1}')], '"doc-0000": malformed JSON member'),
-        ([IMAGE_0, ("doc-0000.json", b'"\xff"')], '"doc-0000": doc-0000.json is no valid JSON'),
-        ([("a\nb.json", JSON_0[1])], "holds a character that no key may have"),
-    ],
-)
-def test_foreign_shards_are_refused_by_name(
-    tmp_path: Path, members: Members, complaint: str
-) -> None:
-    shard = write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(DataError, match=complaint) as caught:
-        index_shard(shard)
-    assert shard in str(caught.value)
-    assert os.listdir(tmp_path) == ["a.tar"]
-
-
-def test_interleaved_members_are_refused(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "a.tar", [JSON_0, JSON_1, IMAGE_0])
-    no_images = dataclasses.replace(SAMPLES[0], images=(), annotations=(), image_bytes=())
-    members = [*members_of(no_images), JSON_1, IMAGE_1, ("doc-0000.png", b"x")]
-    shard = write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(DataError, match='"doc-0000" are not adjacent'):
-        index_shard(shard)
-
-
-def cuts(size: int) -> list[int]:
-    return [0, 1, 511, 512, 700, *range(1024, size - 1024, 512), size // 2 + 7]
-
-
-def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    whole = Path(write_shards(tmp_path, [3])[0])
-    data = whole.read_bytes()
-    content = data.rstrip(b"\0")
-    cut = tmp_path / "cut.tar"
-    for size in cuts(len(content)):
-        cut.write_bytes(data[:size])
-        with pytest.raises(DataError, match=r"cut.tar"):
-            index_shard(str(cut))
-
-
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
-    shard = Path(write_shards(tmp_path, [3])[0])
-    index = index_shard(str(shard))
-    data = bytearray(shard.read_bytes())
-    data[int(index.offset[1]) + 10] ^= 1
-    damaged = tmp_path / "damaged.tar"
-    damaged.write_bytes(data)
-    with pytest.raises(DataError, match=f"damaged or cut off at byte {int(index.offset[1])}"):
-        index_shard(str(damaged))
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>", b"\0" * 100])
-def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
-    shard = tmp_path / "a.tar"
-    shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"a.tar: no readable tar file"):
-        index_shard(str(shard))
-
-
 def test_a_replaced_shard_is_noticed_when_it_is_opened(tmp_path: Path) -> None:
     shard = write_shards(tmp_path, [3])[0]
     index_shard(shard)
     write_shards(tmp_path, [3], first=5)
-    with pytest.raises(ShardChangedError, match=r"another version of this shard .* delete it"):
+    complaint = f"another version of this shard .* index it again: .*data_tools.index {shard}"
+    with pytest.raises(ShardChangedError, match=complaint):
         open_index(shard)
-    os.remove(index_path(shard))
+    with pytest.raises(ShardChangedError, match=complaint):
+        index_shards([shard], workers=1)
+    assert index_shards([shard], workers=1, replace=True) == [shard]
     assert open_index(shard).keys[0] == "doc-0005"
+
+
+def test_missing_indexes_alone_are_made(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [1, 2, 3])
+    index_shard(shards[1])
+    assert index_shards([*shards, shards[0]], workers=1) == [shards[0], shards[2]]
+    times = [os.stat(index_path(shard)).st_mtime_ns for shard in shards]
+    assert index_shards(shards, workers=2) == []
+    assert [os.stat(index_path(shard)).st_mtime_ns for shard in shards] == times
+
+
+@pytest.mark.timeout(120)
+def test_indexes_are_made_by_several_processes(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [1, 2, 0])
+    Path(shards[1]).write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"train-000001.tar: no readable tar file"):
+        index_shards(shards, workers=2)
+    assert [os.path.exists(index_path(shard)) for shard in shards] == [True, False, True]
+
+
+def test_an_index_of_an_earlier_release_is_made_again(tmp_path: Path) -> None:
+    shard = write_shards(tmp_path, [2])[0]
+    old = save({"offset": np.zeros(2, np.uint64)}, {"version": "1", "tar_bytes": "10240"})
+    Path(index_path(shard)).write_bytes(old)
+    assert index_shards([shard], workers=1) == [shard]
+    Path(index_path(shard)).write_bytes(old)
+    assert open_index(shard).read(1) == make_sample(1)
+
+
+def test_indexes_of_read_only_data_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    one = write_shards(tmp_path / "one", [2])[0]
+    two = write_shards(tmp_path / "two", [1], first=7)[0]
+    folder = str(tmp_path / "new" / "indexes")
+    assert index_shards([one, two], workers=1, index_dir=folder) == [one, two]
+    assert sorted(os.listdir(tmp_path / "one")) == ["train-000000.tar"]
+    names = os.listdir(folder)
+    assert len(names) == 2 and all(name.endswith("-train-000000.tar.index") for name in names)
+    assert open_index(two, folder).read(0) == make_sample(7)
+    assert open_index(one, folder).keys == ["doc-0000", "doc-0001"]
+    relative = os.path.relpath(one)
+    assert index_path(relative, folder) == index_path(one, folder)
+    Path(folder, "x").touch()
+    with pytest.raises(DataError, match="data.index_dir: .*x cannot be made"):
+        index_shard(one, index_dir=f"{folder}/x")
+
+
+def test_keys_are_decoded_when_they_are_asked_for(tmp_path: Path) -> None:
+    keys = Keys.of(["a", "", "发票", "x" * 300])
+    assert [keys[row] for row in (0, 1, 2, 3, -1, -4)] == [
+        "a", "", "发票", "x" * 300, "x" * 300, "a",
+    ]  # fmt: skip
+    assert keys[1:3] == ("", "发票") and list(keys) == ["a", "", "发票", "x" * 300]
+    assert "发票" in keys and keys.index("发票") == 2 and "b" not in keys
+    assert keys == ["a", "", "发票", "x" * 300] and keys != ["a"] and len(keys) == 4
+    with pytest.raises(IndexError):
+        keys[4]
+
+
+def test_the_columns_are_mapped_not_read(tmp_path: Path) -> None:
+    index = open_index(write_shards(tmp_path, [5])[0])
+    for column in (index.offset, index.crc32, index.keys.blob):
+        while isinstance(column.base, np.ndarray):
+            column = column.base
+        assert isinstance(column, mmap.mmap) or isinstance(column.base, mmap.mmap)
+        assert not index.offset.flags.writeable
+
+
+def test_records_can_be_read_without_images(tmp_path: Path) -> None:
+    samples = [make_sample(i, num_images=i % 3) for i in range(6)]
+    shard = write_tar(tmp_path / "a.tar", [*members_of(*samples), ("z.json", b"{")])
+    index = index_shard(shard)
+    found = index.read_records([5, 0, 6, 2])
+    assert [str(sample) for sample in found if isinstance(sample, DataError)] == [
+        f'{shard}, sample "z": {index.reasons[6]}'
+    ]
+    expected = [dataclasses.replace(samples[row], image_bytes=()) for row in (5, 0, 2)]
+    assert [sample for sample in found if not isinstance(sample, DataError)] == expected
+    whole = index.read_many([3, 6, 1])
+    assert whole[0] == samples[3] and whole[2] == samples[1] and isinstance(whole[1], DataError)
 
 
 @pytest.mark.parametrize("kind", ["cut", "other keys", "zeros"])
@@ -231,7 +228,10 @@ def test_a_shard_replaced_while_it_is_open_is_noticed(tmp_path: Path, kind: str)
         "zeros": bytes(len(data)),
     }
     Path(shard).write_bytes(changed[kind])
-    with pytest.raises(ShardChangedError, match='sample "doc-0002": the shard does not hold what'):
+    complaint = (
+        "was cut off or replaced" if kind == "cut" else '"doc-0002": the shard does not hold'
+    )
+    with pytest.raises(ShardChangedError, match=complaint):
         index.read(2)
 
 
@@ -239,7 +239,7 @@ def test_a_shard_replaced_while_it_is_open_is_noticed(tmp_path: Path, kind: str)
 def test_a_damaged_index_is_refused(tmp_path: Path, content: bytes) -> None:
     shard = write_shards(tmp_path, [1])[0]
     Path(index_path(shard)).write_bytes(content)
-    with pytest.raises(DataError, match=r"no readable index .* delete it"):
+    with pytest.raises(DataError, match=r"no readable index; delete it"):
         open_index(shard)
 
 

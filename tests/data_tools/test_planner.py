@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -32,19 +32,27 @@ class Lengths:
     tokens: np.ndarray
     patches: np.ndarray
     weight: float = 1.0
+    parts: int = 1
     orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def draw(self, source: int, number: int) -> PlannedSample:
+    def num_draws(self, epochs: int) -> int:
+        return epochs * len(self)
+
+    def draws(self, source: int, number: int) -> tuple[PlannedSample, ...]:
         epoch, position = divmod(number, len(self))
         if (source, epoch) not in self.orders:
             order = EpochOrder(np.asarray(self.shard_sizes), hash_key(0, "order", source, epoch))
             self.orders[source, epoch] = order.sample_ids(0, len(self))
         row = int(self.orders[source, epoch][position])
         tokens, patches = int(self.tokens[row]), int(self.patches[row])
-        return PlannedSample(source, number, row, epoch, 0, tokens, patches)
+        windows = self.parts if row % 3 == 0 else 1
+        return tuple(
+            PlannedSample(source, number, row, epoch, 0, tokens, patches, 1000, window, windows)
+            for window in range(windows)
+        )
 
 
 @st.composite
@@ -57,7 +65,7 @@ def datasets(draw: st.DrawFn) -> list[Lengths]:
         tokens = rng.integers(1, 101, sum(sizes))
         patches = 4 * rng.integers(0, tokens + 1)
         weight = draw(st.sampled_from([0.2, 1.0, 1.0, 3.0]))
-        made.append(Lengths(sizes, tokens, patches, weight))
+        made.append(Lengths(sizes, tokens, patches, weight, draw(st.integers(1, 3))))
     return made
 
 
@@ -65,8 +73,7 @@ budgets = st.tuples(st.integers(100, 300), st.integers(400, 1200))
 
 
 def first_state(sources: list[Lengths]) -> DataState:
-    zeros = (0,) * len(sources)
-    return DataState("mark", cursors=zeros, used=zeros)
+    return DataState.first({"seed": "mark"}, ["shards"] * len(sources))
 
 
 def steps_of(
@@ -76,7 +83,9 @@ def steps_of(
     state: DataState | None = None,
     epochs: int = 1,
 ) -> list[Step]:
-    planner = Planner(sources, epochs, *budget, packs, state or first_state(sources))
+    planner = Planner(
+        sources, [epochs] * len(sources), *budget, packs, state or first_state(sources)
+    )
     return list(iter(planner.next_step, None))
 
 
@@ -91,12 +100,13 @@ def test_every_sample_once_an_epoch_within_both_budgets(
 ) -> None:
     steps = steps_of(sources, budget, packs, epochs=epochs)
     samples = [sample for step in steps for pack in step.packs for sample in pack]
-    seen = Counter((s.source, s.epoch, s.sample_id) for s in samples)
+    seen = Counter((s.source, s.epoch, s.sample_id, s.window) for s in samples)
     expected = {
-        (k, epoch, row)
+        (k, epoch, row, window)
         for k, s in enumerate(sources)
         for epoch in range(epochs)
         for row in range(len(s))
+        for window in range(s.parts if row % 3 == 0 else 1)
     }
     assert set(seen) == expected and set(seen.values()) == {1}
     for pack in (pack for step in steps for pack in step.packs):
@@ -141,16 +151,16 @@ def test_the_oldest_candidate_is_always_taken(
 ) -> None:
     state = first_state(sources)
     steps = steps_of(sources, budget, 1)
-    draws: list[tuple[int, int]] = []  # in the order in which candidates came
+    draws: list[tuple[int, int, int]] = []  # in the order in which candidates came
     used = [0] * len(sources)
-    while len(draws) < sum(len(s) for s in sources):
+    while sum(used) < sum(len(s) for s in sources):
         live = [k for k, s in enumerate(sources) if used[k] < len(s)]
         k = min(live, key=lambda k: ((used[k] + 1) / sources[k].weight, k))
-        draws.append((k, used[k]))
+        draws += [(k, used[k], s.window) for s in sources[k].draws(k, used[k])]
         used[k] += 1
     assert not state.window
     for step in steps:
-        pack = [(s.source, s.draw) for s in step.packs[0]]
+        pack = [(s.source, s.draw, s.window) for s in step.packs[0]]
         assert pack[0] == draws[0]
         assert pack == sorted(pack, key=draws.index)
         draws = [draw for draw in draws if draw not in pack]
@@ -159,7 +169,8 @@ def test_the_oldest_candidate_is_always_taken(
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(30, 70))
 def test_tokens_are_the_largest_subset_sum(tokens: list[int], budget: int) -> None:
-    chosen = choose_pack(tokens, [0] * len(tokens), budget, 0)
+    chosen, is_patch_bound = choose_pack(tokens, [0] * len(tokens), budget, 0)
+    assert not is_patch_bound
     best = max(
         total
         for size in range(len(tokens))
@@ -179,7 +190,9 @@ def test_tokens_are_the_largest_sum_that_the_patches_allow(
     items: list[tuple[int, int]], token_budget: int, patch_budget: int
 ) -> None:
     tokens, patches = [t for t, _ in items], [p for _, p in items]
-    chosen = choose_pack(tokens, patches, token_budget, patch_budget)
+    chosen, is_patch_bound = choose_pack(tokens, patches, token_budget, patch_budget)
+    by_tokens, _ = choose_pack(tokens, [0] * len(tokens), token_budget, 0)
+    assert is_patch_bound == (sum(patches[i] for i in by_tokens) > patch_budget)
     assert sum(patches[i] for i in chosen) <= patch_budget
     subsets = itertools.chain.from_iterable(
         itertools.combinations(range(1, len(items)), size) for size in range(len(items))
@@ -194,8 +207,8 @@ def test_tokens_are_the_largest_sum_that_the_patches_allow(
 
 
 def test_the_older_of_two_equal_choices_is_taken() -> None:
-    assert choose_pack([5, 3, 3, 5, 2], [0] * 5, 8, 0) == [0, 1]
-    assert choose_pack([5, 3, 3, 3], [4, 9, 4, 4], 8, 8) == [0, 2]
+    assert choose_pack([5, 3, 3, 5, 2], [0] * 5, 8, 0) == ([0, 1], False)
+    assert choose_pack([5, 3, 3, 3], [4, 9, 4, 4], 8, 8) == ([0, 2], True)
 
 
 def test_a_sample_beyond_the_budget_is_refused() -> None:
@@ -211,12 +224,11 @@ def test_state_stays_small() -> None:
     for _ in range(8):
         tokens = rng.integers(10, 100, 1000)
         sources.append(Lengths([1000], tokens, 2 * tokens))
-    start = DataState("f" * 16, 10**6, cursors=(9_000_000,) * 8, used=(9_000_000,) * 8)
-    step = Planner(sources, 10**6, 1000, 4000, 4, start).next_step()
+    settings = {f"data.setting_number_{number}": "f" * 12 for number in range(10)}
+    start = DataState(settings, ("f" * 16,) * 8, (9_000_000,) * 8, 10**6)
+    step = Planner(sources, [10**6] * 8, 1000, 4000, 4, start).next_step()
     assert step is not None and len(step.state.window) > WINDOW - 30
-    full = DataState(
-        "f" * 16, 10**6, (9_000_000,) * 8, (9_000_000,) * 8, ((7, 9_000_000),) * WINDOW
-    )
+    full = replace(start, window=((7, 9_000_000, 0),) * WINDOW)
     for state in (step.state, full):
         assert len(json.dumps(state.to_json())) < 4096
 
@@ -261,11 +273,11 @@ def test_sources_are_mixed_by_weight() -> None:
     sources = [
         Lengths([4000], rng.integers(1, 50, 4000), np.zeros(4000, np.int64), w) for w in weights
     ]
-    planner = Planner(sources, 1, 200, 0, 4, first_state(sources))
+    planner = Planner(sources, [1] * 4, 200, 0, 4, first_state(sources))
     for _ in range(20):
         step = planner.next_step()
         assert step is not None
-        drawn = np.asarray(step.state.used)
+        drawn = np.asarray(step.state.cursors)
         assert np.abs(drawn - drawn.sum() * np.asarray(weights) / 100).max() <= 1.5
 
 
@@ -276,6 +288,16 @@ def test_a_finished_source_leaves_and_the_others_go_on() -> None:
     assert steps[-1].state.cursors == (3, 30)
     samples = [s for step in steps for pack in step.packs for s in pack]
     assert Counter(s.source for s in samples) == {0: 3, 1: 30}
+
+
+def test_sources_have_their_own_number_of_epochs() -> None:
+    sources = [Lengths([5], np.full(5, 10), np.zeros(5, np.int64)) for _ in range(2)]
+    planner = Planner(sources, [3, 1], 20, 0, 2, first_state(sources))
+    samples = [s for step in iter(planner.next_step, None) for pack in step.packs for s in pack]
+    assert Counter(s.source for s in samples) == {0: 15, 1: 5}
+    assert Counter((s.sample_id, s.epoch) for s in samples if s.source == 0) == {
+        (row, epoch): 1 for row in range(5) for epoch in range(3)
+    }
 
 
 def test_micro_steps_take_neighbours_by_cost() -> None:
@@ -299,6 +321,6 @@ def test_plan_hash_tells_plans_apart() -> None:
 def test_state_of_another_run_is_refused() -> None:
     source = realistic_mix(10)
     with pytest.raises(DataError, match="2 sources, the run has 1"):
-        Planner([source], 1, 8192, 8192, 1, DataState("f", cursors=(0, 0), used=(0, 0)))
-    with pytest.raises(DataError, match="version 9, expected 1"):
+        Planner([source], [1], 8192, 8192, 1, DataState.first({}, ["a", "b"]))
+    with pytest.raises(DataError, match="version 9, expected 2"):
         DataState.from_json({"version": 9})
