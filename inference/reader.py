@@ -27,8 +27,9 @@ from data_tools.sample import Box
 from data_tools.templates import Template, load_template
 from inference.answers import ReadLine, parse_lines
 from train.generate import greedy_decode
+from train.initial_load import load_model
 from train.modeling.attention import decoding_attention
-from train.modeling.build import build_model, pixel_normalizer
+from train.modeling.build import pixel_normalizer
 from train.modeling.packed import layout_of
 from train.modeling.pixels import PixelNormalizer
 
@@ -50,6 +51,7 @@ class ReaderSettings(BaseModel):
     preprocess: tuple[AnyTransform, ...] = ()
     min_pixels: int = Field(gt=0)
     max_pixels: int = Field(gt=0)
+    pixels: Literal["exact", "fast"] = "exact"
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,10 @@ class Reader:
             settings = settings.model_copy(update={"template": str(path / settings.template)})
         precision = dtype or ("fp32" if target.type == "cpu" else "bf16")
         attention = decoding_attention("auto", target.type, precision)
-        model = build_model(
-            str(path), init="pretrained", precision=precision, attention=attention, seed=0
+        model = load_model(str(path), precision=precision, attention=attention)
+        images = ImageSettings(
+            settings.min_pixels, settings.max_pixels, settings.preprocess, settings.pixels
         )
-        images = ImageSettings(settings.min_pixels, settings.max_pixels, settings.preprocess)
         encoder = Encoder.from_folder(path, images)
         return cls(
             model.to(target).eval(), encoder, pixel_normalizer(str(path)), settings, batch_size

@@ -72,6 +72,24 @@ class SourceConfig(Section):
         gt=0,
         description="how densely it is interleaved; each source is seen `epochs` times",
     )
+    epochs: int | None = Field(
+        default=None, gt=0, description="how often it is seen; null: stage.epochs"
+    )
+
+
+class StorageConfig(Section):
+    """How shards are read, where they lie in an object store or on a web server."""
+
+    tries: int = Field(default=6, gt=0, description="requests for a range before the run stops")
+    deadline_s: float = Field(default=120.0, gt=0, description="and the seconds for all of them")
+    request_timeout_s: float = Field(default=30.0, gt=0, description="for one request")
+    hedge_after_s: float | None = Field(
+        default=None, gt=0, description="ask a second time when an answer takes longer; null: never"
+    )
+    cache_dir: str | None = Field(
+        default=None, description="local folder for copies of remote shards; null: range reads"
+    )
+    cache_gb: float = Field(default=100.0, gt=0, description="size limit of cache_dir")
 
 
 class AugmentConfig(Section):
@@ -95,20 +113,35 @@ class DataConfig(Section):
     preprocess: list[AnyTransform] = Field(
         default=[], description="named image transforms, stored in the export as well"
     )
+    pixels: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="exact: as the PIL processor; fast: as the torchvision one, half the CPU time",
+    )
     augment: AugmentConfig | None = Field(default=None, description="null: none")
     token_budget: int = Field(default=16384, gt=0, description="text + visual tokens of a pack")
     patch_budget: int | None = Field(
         default=None, gt=0, description="vision patches of a pack; null: 4 per token, never binding"
     )
     packs_per_step: int = Field(default=8, gt=0, description="global batch in packs, all ranks")
+    too_long: list[Literal["shrink", "split"]] = Field(
+        default=["shrink"],
+        description="for samples longer than a pack: smaller pages (to 0.6), split answers",
+    )
     min_chars: int = Field(default=0, ge=0, description="leave out samples with less text")
     max_chars: int | None = Field(default=None, gt=0, description="and with more")
     max_hole_share: float = Field(
-        default=0.001, ge=0, le=1, description="stop above this share of unreadable samples"
+        default=0.001, ge=0, le=1, description="stop above this share of damaged samples"
     )
     num_workers: int = Field(default=4, ge=0, description="loader processes a rank; 0: none")
-    prefetch: int = Field(default=4, gt=0, description="packs that each worker keeps ready")
+    queue_gb: float = Field(default=2.0, gt=0, description="batches that a rank keeps ready")
+    worker_timeout_s: float = Field(
+        default=300.0, gt=0, description="a loader process that takes longer for a pack is replaced"
+    )
     index_workers: int = Field(default=4, ge=0, description="processes that measure lengths")
+    index_dir: str | None = Field(
+        default=None, description="folder for indexes and lengths; null: beside the shards"
+    )
+    storage: StorageConfig = Field(default_factory=StorageConfig)
 
     @property
     def patches(self) -> int:
@@ -198,7 +231,10 @@ class LossConfig(Section):
 class ParallelConfig(Section):
     """Precision and memory."""
 
-    zero_stage: Literal[3] = Field(default=3, description="ZeRO-3: everything partitioned")
+    zero_stage: Literal[1, 2, 3] = Field(
+        default=3,
+        description="what is partitioned: 1 the optimizer, 2 gradients too, 3 weights too",
+    )
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="with fp32 master")
     recompute: bool = Field(
         default=True, description="non-reentrant activation checkpointing of every block"
@@ -214,6 +250,24 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(default=500, gt=0, description="and at the end")
     keep_last: int = Field(default=2, gt=0, description="older ones are deleted")
+    keep_every: int | None = Field(
+        default=None, gt=0, description="but not those of a multiple of so many steps; null: none"
+    )
+    in_background: bool = Field(
+        default=True, description="training waits for a copy in memory, not for the disk"
+    )
+    local_dir: str | None = Field(
+        default=None, description="folder of each node's own disk to write to first"
+    )
+    mirror: str | None = Field(
+        default=None, description="URL of a second copy, as s3://bucket/run; the stage is appended"
+    )
+    on_error: Literal["warn", "stop"] = Field(
+        default="warn", description="what a failed save does; the last one of a run always stops"
+    )
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="how long rank 0 waits for the files of the others"
+    )
 
 
 class EvaluationConfig(Section):
@@ -335,6 +389,7 @@ def reader_settings(record: dict[str, Any]) -> dict[str, Any]:
         "preprocess": data["preprocess"],
         "min_pixels": data["min_pixels"],
         "max_pixels": data["max_pixels"],
+        "pixels": data.get("pixels", "exact"),
     }
 
 

@@ -1,12 +1,13 @@
 """`--dry-run`: what a stage would do, from its configuration, its index and the model's shape."""
 
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from train.config import Config
-from train.data import describe, fit_prior, measure, open_data
+from train.data import describe, open_data, prepare
 from train.engine import prepare_parameters
 from train.modeling.names import module_group
 from train.ranks import find_ranks
@@ -21,13 +22,14 @@ def dry_run(config: Config, shards: Shards) -> None:
     ranks = find_ranks()
     if not ranks.is_main:
         return
-    measure(config, shards)
-    fit_prior(config, shards)
-    data = open_data(config, shards)
     print(f"stage {config.stage.number} -> {config.folder}")
-    for line in describe(data):
-        print(line)
-    steps = estimate_steps(config, data.num_samples, data.samples_per_pack())
+    with tempfile.TemporaryDirectory(prefix="lectern-") as name:  # the run folder stays as it is
+        trial = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
+        prepare(trial, shards)
+        data = open_data(trial)
+        for line in describe(data, ranks.world_size):
+            print(line)
+        steps = estimate_steps(config, data.num_samples, data.samples_per_pack())
     print(f"steps: {steps} ({config.stage.epochs} epochs at most, see stage.max_steps)")
     for line in _describe_model(config, ranks.world_size):
         print(line)

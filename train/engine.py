@@ -13,9 +13,10 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 from train.config import Config
+from train.initial_load import load_model
 from train.modeling.adapters import add_adapter
 from train.modeling.attention import choose_attention, decoding_attention
-from train.modeling.build import build_empty_model, build_model, pixel_normalizer
+from train.modeling.build import build_empty_model, build_random_model, pixel_normalizer
 from train.modeling.packed import PackedModel
 from train.ranks import Ranks
 from train.stages import freeze, parameter_groups
@@ -59,7 +60,7 @@ def build_engine(config: Config, device: torch.device) -> Any:
     engine, *_ = deepspeed.initialize(
         model=packed, optimizer=optimizer, config=deepspeed_config(config)
     )
-    engine.train()  # from_pretrained gives a model in evaluation mode: no recompute, no dropout
+    engine.train()  # in evaluation mode there is no recompute, no dropout
     return engine
 
 
@@ -75,17 +76,17 @@ def build_stage_model(
             builds a plain model.
     """
     section, precision = config.model, config.parallel.precision
-    # transformers partitions at birth while such an object is alive. Random weights are drawn
-    # unpartitioned, so that a seed gives the same model at any world size.
-    alive = HfDeepSpeedConfig(zero) if zero and section.init == "pretrained" else None
-    model = build_model(
-        section.path,
-        init=section.init,
-        precision=precision,
-        attention=choose_attention(section.attention, device.type, precision),
-        seed=config.run.seed,
-    )
-    del alive
+    attention = choose_attention(section.attention, device.type, precision)
+    if section.init == "scratch":
+        # Drawn unpartitioned, so that a seed gives the same model at any world size.
+        model = build_random_model(
+            section.path, precision=precision, attention=attention, seed=config.run.seed
+        )
+    else:
+        # transformers partitions at birth while such an object is alive.
+        alive = HfDeepSpeedConfig(zero) if zero else None
+        model = load_model(section.path, precision=precision, attention=attention)
+        del alive
     return prepare_parameters(model, config)
 
 

@@ -21,11 +21,11 @@ from data_tools.examples.images import decode
 from data_tools.examples.tasks import ask
 from data_tools.sample import Sample
 from data_tools.stream.collate import ModelLayout
-from data_tools.stream.executor import ExampleMaker
 from data_tools.stream.planner import DataState, Planner
+from data_tools.stream.ranges import RangeReader
 from train.collectives import gather_json
 from train.config import Config
-from train.data import DataPath
+from train.data import DataPath, storage_settings
 from train.engine import plain_copy
 from train.generate import greedy_decode
 from train.metrics import FieldReport, NormalizeOptions, TextReport, field_report, text_report
@@ -89,7 +89,8 @@ class Evaluator:
     ) -> None:
         self._config, self._data, self._layout = config, data, layout
         self._ranks, self._device = ranks, device
-        self._template = data.recipe.templates[0]
+        self._reader = RangeReader(storage_settings(config))
+        self._template = data.validation.recipe.templates[0]
         # Losses stay comparable between runs with and without character weights.
         self._encoder = Encoder(data.encoder.tokenizer, data.encoder.images)
         self._ids = data.validation_ids()
@@ -119,16 +120,18 @@ class Evaluator:
     def loss(self, engine: Any) -> float:
         """Return the teacher-forced loss on the sample, per unit of weight."""
         data, world_size = self._config.data, self._ranks.world_size
-        source = dataclasses.replace(self._data.validation, usable=np.asarray(self._ids))
-        maker = ExampleMaker([source], self._encoder, self._layout, data.token_budget)
-        state = DataState(self._data.mark)
-        planner = Planner([source], 1, data.token_budget, data.patches, world_size, state)
+        source = self._data.validation.restricted_to(self._ids)
+        maker = self._data.maker([source], self._layout, augment=False)
+        maker = dataclasses.replace(maker, encoder=self._encoder)
+        state = DataState.first({}, [source.digest])
+        planner = Planner([source], [1], data.token_budget, data.patches, world_size, state)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         engine.eval()
         with torch.no_grad():
             while (step := planner.next_step()) is not None:
                 for packs in step.assign(world_size):
-                    batch = maker.batch(packs[self._ranks.rank])
+                    pack = packs[self._ranks.rank]
+                    batch = maker.build(pack, maker.fetch(pack))
                     for hole in batch.holes:
                         logger.warning("validation: left out %s", hole["reason"])
                     output = engine(batch.to(self._device))
@@ -164,8 +167,8 @@ class Evaluator:
 
     def _case(self, sample_id: int) -> tuple[ReadSample, Prompt] | None:
         """Return a sample and its prompt; None where it cannot be decoded or its truth be read."""
-        sample = self._data.validation.read(sample_id)
         try:
+            sample = self._data.validation.read(sample_id, self._reader)
             pages = [decode(data, f'sample "{sample.key}"') for data in sample.image_bytes]
             prepared = tuple(self._encoder.images.prepare(page) for page in pages)
             sizes = [(image.shape[1], image.shape[0]) for image in prepared]

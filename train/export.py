@@ -2,10 +2,12 @@
 
     python -m train.export RUN/stage2                    # newest valid step -> RUN/stage2/hf
     python -m train.export RUN/stage2 --out HF_DIR --step 1200 --dtype bf16
-    python -m train.export RUN/stage2 --out HF_DIR --max-shard-gb 2 --force
+    python -m train.export RUN/stage2 --out HF_DIR --max-shard-gb 2 --workers 4 --force
+    python -m train.export RUN/stage2 --average 5        # the mean of the last 5 checkpoints
+    python -m train.export RUN/stage2 --average 5 --ema 0.8
 
-Needs neither a GPU nor the memory for the model, and may run beside the training. Typed again it
-says that it is done.
+Needs no GPU and a few MiB of memory for a model of any size, and may run beside the training.
+Interrupted and typed again it goes on with the next weight file; finished, it says that it is done.
 """
 
 import argparse
@@ -22,17 +24,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from data_tools.errors import CheckpointError, run_command
-from train.checkpoint.hub import BaseWeights, WeightSource, check_weights, write_weights
+from data_tools.errors import CheckpointError, LecternError, run_command
+from train.checkpoint.hub import check_weights, write_weights
 from train.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
     find_checkpoint,
     fsync_folder,
+    list_checkpoints,
     read_manifest,
+    verify,
     write_text,
 )
-from train.checkpoint.shards import SliceReader
+from train.checkpoint.weights import Origin, TrainedWeights, average_shares
+from train.model_card import model_card
 from train.modeling.names import hub_name
 from train.status import read_status
 
@@ -41,7 +46,7 @@ MARKER_FILE = "export.json"
 TEMPLATE_FILE = "template.yaml"
 READER_FILE = "lectern.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
-RELOAD_LIMIT_BYTES = 2 * 10**9  # above it the files are checked, the class is not loaded
+RELOAD_LIMIT_BYTES = 50 * 10**6  # of weights; above it the files are checked, no model is loaded
 COPIED = (
     "generation_config.json",
     "tokenizer*",
@@ -60,9 +65,12 @@ def export(
     stage: Path,
     out: Path | None = None,
     *,
-    step: int | None = None,
+    steps: list[int] | None = None,
+    average: int = 1,
+    ema: float | None = None,
     dtype: str = "bf16",
     max_shard_gb: float = 5.0,
+    workers: int = 1,
     force: bool = False,
 ) -> Path:
     """Write the Hugging Face folder of a checkpoint of `stage`; return the folder.
@@ -70,9 +78,12 @@ def export(
     Args:
         stage: RUN/stageN, with config.yaml and checkpoints/.
         out: the new folder, RUN/stageN/hf by default; complete or not there at all.
-        step: of the checkpoint; the newest valid one by default.
+        steps: of the checkpoint, or of those to average; the newest valid one by default.
+        average: so many of the newest checkpoints are averaged, where `steps` names none.
+        ema: weight of each checkpoint relative to the next newer one; None: all alike.
         dtype: "bf16", "fp16" or "fp32".
         max_shard_gb: largest weight file, in 10^9 bytes.
+        workers: processes that write weight files.
         force: replace what `out` holds.
 
     Raises:
@@ -80,38 +91,65 @@ def export(
     """
     out = out or stage / "hf"
     config = _read_config(stage)
-    checkpoint = find_checkpoint(stage / "checkpoints", step)
-    manifest = read_manifest(checkpoint)
-    digest = hashlib.sha256((checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
-    origin = {"step": manifest.step, "dtype": dtype, "checkpoint_sha256": digest}
+    checkpoints = _find_checkpoints(stage / "checkpoints", steps, average)
+    origin = _origin(config, checkpoints, average_shares(len(checkpoints), ema))
+    manifest = read_manifest(checkpoints[-1])
+    marker = _marker(checkpoints, origin, dtype)
+    what = f"step {', '.join(map(str, marker['steps']))} in {dtype}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if _is_done(out, origin):
-            print(f"{out} is done already (step {manifest.step}, {dtype}).", file=sys.stderr)
+        if _is_done(out, marker):
+            print(f"{out} is done already ({what}).", file=sys.stderr)
             return out
         if not force:
             raise CheckpointError(
-                f"{out} holds something else than step {manifest.step} in {dtype} of {stage}; "
+                f"{out} holds something else than {what} of {stage}; "
                 "choose another --out or replace it with --force."
             )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
+    name = hashlib.sha256(json.dumps([marker, max_shard_gb]).encode()).hexdigest()[:12]
+    temporary = out.with_name(f".tmp-{out.name}-{name}")
+    temporary.mkdir(parents=True, exist_ok=True)
     try:
-        source = _open_source(config, checkpoint, manifest)
-        files = write_weights(temporary, source, DTYPES[dtype], int(max_shard_gb * 10**9))
-        _write_side_files(temporary, stage, config, manifest, dtype, out)
-        check_weights(temporary, source.shapes(), DTYPES[dtype], files)
+        files = write_weights(temporary, origin, DTYPES[dtype], int(max_shard_gb * 10**9), workers)
+        _write_side_files(temporary, stage, config, manifest, marker, out)
+        shapes = TrainedWeights(origin).shapes()
+        check_weights(temporary, shapes, DTYPES[dtype], files, workers)
         if sum((temporary / file).stat().st_size for file in files) < RELOAD_LIMIT_BYTES:
             _check_by_loading(temporary, DTYPES[dtype], list(files))
-        marker = json.dumps({**origin, "stage": str(stage), "files": files}, indent=2)
-        write_text(temporary / MARKER_FILE, marker + "\n")
-        fsync_folder(temporary)
-        _put_in_place(temporary, out)
-    except BaseException:
+    except LecternError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    print(f"{out}: step {manifest.step}, {dtype}, {len(files)} weight file(s).", file=sys.stderr)
+    text = json.dumps({**marker, "stage": str(stage), "files": files}, indent=2)
+    write_text(temporary / MARKER_FILE, text + "\n")
+    fsync_folder(temporary)
+    _put_in_place(temporary, out)
+    print(f"{out}: {what}, {len(files)} weight file(s).", file=sys.stderr)
     return out
+
+
+def _find_checkpoints(folder: Path, steps: list[int] | None, average: int) -> tuple[Path, ...]:
+    """Return the checkpoints that are wanted, oldest first."""
+    if steps:
+        return tuple(find_checkpoint(folder, step) for step in sorted(set(steps)))
+    if average == 1:
+        return (find_checkpoint(folder),)
+    whole = [path for _, path in list_checkpoints(folder) if not verify(path)]
+    if len(whole) < average:
+        raise CheckpointError(
+            f"{folder}: --average {average}, but there are {len(whole)} whole checkpoints; keep "
+            "more of them with checkpoint.keep_last or keep_every."
+        )
+    return tuple(whole[-average:])
+
+
+def _marker(checkpoints: tuple[Path, ...], origin: Origin, dtype: str) -> dict[str, Any]:
+    """Return what an export is made of: two with the same marker are the same."""
+    manifests = [(path / MANIFEST_FILE).read_bytes() for path in checkpoints]
+    return {
+        "steps": [read_manifest(path).step for path in checkpoints],
+        "shares": list(origin.shares),
+        "dtype": dtype,
+        "checkpoint_sha256": [hashlib.sha256(content).hexdigest() for content in manifests],
+    }
 
 
 def best_step(stage: Path) -> int:
@@ -143,29 +181,31 @@ def _read_config(stage: Path) -> dict[str, Any]:
     return config
 
 
-def _open_source(config: dict[str, Any], checkpoint: Path, manifest: Manifest) -> WeightSource:
+def _origin(
+    config: dict[str, Any], checkpoints: tuple[Path, ...], shares: tuple[float, ...]
+) -> Origin:
     model = config["model"]
     folder = Path(model["path"])
     settings = _read_json(folder / "config.json")
     nested = settings.get("text_config", {}).get("tie_word_embeddings", False)
     adapter = model.get("adapter")
-    return WeightSource(
-        manifest=manifest,
-        reader=SliceReader(checkpoint, manifest),
-        base=BaseWeights(None if model.get("init") == "scratch" else folder),
+    return Origin(
+        checkpoints,
+        shares,
+        base=None if model.get("init") == "scratch" else folder,
         tied=settings.get("tie_word_embeddings", False) or nested,
         adapter_scale=adapter["alpha"] / adapter["rank"] if adapter else None,
     )
 
 
-def _is_done(out: Path, origin: dict[str, Any]) -> bool:
-    """Tell whether `out` is a whole export of the same checkpoint and dtype."""
+def _is_done(out: Path, marker: dict[str, Any]) -> bool:
+    """Tell whether `out` is a whole export of the same checkpoints in the same dtype."""
     try:
-        marker = _read_json(out / MARKER_FILE)
+        found = _read_json(out / MARKER_FILE)
     except (OSError, ValueError):
         return False
-    same = all(marker.get(key) == value for key, value in origin.items())
-    return same and all((out / file).is_file() for file in marker.get("files", {}))
+    same = all(found.get(key) == value for key, value in marker.items())
+    return same and all((out / file).is_file() for file in found.get("files", {}))
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
@@ -181,7 +221,12 @@ def _put_in_place(temporary: Path, out: Path) -> None:
 
 
 def _write_side_files(
-    folder: Path, stage: Path, config: dict[str, Any], manifest: Manifest, dtype: str, out: Path
+    folder: Path,
+    stage: Path,
+    config: dict[str, Any],
+    manifest: Manifest,
+    marker: dict[str, Any],
+    out: Path,
 ) -> None:
     """Write everything but the weights: settings, tokenizer, processor, model card."""
     from train.config import reader_settings
@@ -198,10 +243,10 @@ def _write_side_files(
     if (folder / PREPROCESSOR_FILE).exists():
         _set_pixel_limits(folder / PREPROCESSOR_FILE, reader["min_pixels"], reader["max_pixels"])
     settings = _read_json(base / "config.json")
-    _set_dtype(settings, str(DTYPES[dtype]).removeprefix("torch."))
+    _set_dtype(settings, str(DTYPES[marker["dtype"]]).removeprefix("torch."))
     _write_json(folder / "config.json", settings)
     _write_json(folder / READER_FILE, reader)
-    write_text(folder / "README.md", model_card(stage, config, manifest, dtype, out))
+    write_text(folder / "README.md", model_card(stage, config, manifest, marker, out.name))
 
 
 def _set_dtype(settings: dict[str, Any], name: str) -> None:
@@ -220,65 +265,6 @@ def _set_pixel_limits(path: Path, min_pixels: int, max_pixels: int) -> None:
     if "size" in processor:  # the newer spelling, which wins over the older one
         processor["size"] = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     _write_json(path, processor)
-
-
-def model_card(
-    stage: Path, config: dict[str, Any], manifest: Manifest, dtype: str, out: Path
-) -> str:
-    """Return the README.md of an exported folder."""
-    base = config["model"]["path"]
-    trained = sum(1 for about in manifest.parameters.values() if about["trainable"])
-    try:
-        metrics = _read_json(stage / "status.json").get("metrics") or {}
-    except (OSError, ValueError):
-        metrics = {}
-    rows = [f"| {k} | {v} |" for k, v in metrics.items() if isinstance(v, int | float | str)]
-    measured = ["## Metrics", "", "| metric | value |", "| --- | --- |", *rows, ""] if rows else []
-    settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    libraries = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: image-text-to-text",
-            "---",
-            f"# {out.resolve().name}",
-            "",
-            f"Qwen2.5-VL trained with Lectern to read documents: `{stage}`, step {manifest.step}, "
-            f"started from `{base}`.",
-            f"{trained} of {len(manifest.parameters)} parameter tensors were trained; weights are "
-            f"stored in {dtype}. Written with {libraries}. The licence of the base model applies.",
-            "",
-            *measured,
-            "## Read an image",
-            "",
-            "```bash",
-            f"python -m inference.predict {out} page.png",
-            "```",
-            "",
-            f"Image transforms, pixel limits and task are in `{READER_FILE}`; the command above "
-            "applies them. Any program for Qwen2.5-VL reads the folder as it is:",
-            "",
-            "```python",
-            "from transformers import Qwen2_5_VLForConditionalGeneration",
-            "",
-            f'model = Qwen2_5_VLForConditionalGeneration.from_pretrained("{out}", dtype="auto")',
-            "```",
-            "",
-            "## Serve with vLLM",
-            "",
-            "```bash",
-            f"vllm serve {out} --limit-mm-per-prompt '{{\"image\": 4}}'",
-            "```",
-            "",
-            "## Configuration",
-            "",
-            "```yaml",
-            settings.rstrip(),
-            "```",
-            "",
-        ]
-    )
 
 
 def _check_by_loading(folder: Path, dtype: torch.dtype, files: list[str]) -> None:
@@ -324,17 +310,30 @@ def main() -> None:
     parser.add_argument("stage", type=Path, help="RUN/stageN")
     parser.add_argument("--out", type=Path, help="the new folder (default: RUN/stageN/hf)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="default: the newest valid one")
+    which.add_argument(
+        "--step",
+        type=int,
+        action="append",
+        dest="steps",
+        help="default: the newest valid one; given several times, these are averaged",
+    )
+    which.add_argument("--average", type=int, default=1, metavar="N", help="of the N newest ones")
     which.add_argument("--best", action="store_true", help="the best step under early stopping")
+    parser.add_argument(
+        "--ema",
+        type=float,
+        help="of an average: weight of each checkpoint relative to the next newer one, as 0.8",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file, GB")
+    parser.add_argument("--workers", type=int, default=1, help="processes that write and check")
     parser.add_argument("--force", action="store_true", help="replace what OUT holds")
     arguments = parser.parse_args()
     # transformers imports DeepSpeed where it is installed, which then talks about its accelerator
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     options = vars(arguments)
     if options.pop("best"):
-        options["step"] = best_step(arguments.stage)
+        options["steps"] = [best_step(arguments.stage)]
     export(**options)
 
 

@@ -1,8 +1,10 @@
 """train(config): set up, the loop, tear down; to be read from top to bottom."""
 
+import contextlib
 import logging
 import math
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +21,20 @@ from data_tools.errors import (
     LaunchError,
     LecternError,
 )
-from data_tools.stream.executor import StepBatches
+from data_tools.stream.executor import Executor, StepBatches
 from data_tools.stream.faults import HoleCounter
 from data_tools.stream.hashing import hash_key
 from data_tools.stream.planner import DataState
-from train.checkpoint import load_checkpoint, newest_valid, save_checkpoint
+from train.checkpoint import (
+    CheckpointSaver,
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+)
+from train.checkpoint.settings import base_identity, save_settings
 from train.collectives import gather_json
 from train.config import Config, write_config
-from train.data import DataPath, describe, fit_prior, measure, open_data
+from train.data import DataPath, describe, open_data, prepare
 from train.engine import build_engine, start_distributed
 from train.evaluate import Evaluator
 from train.modeling.packed import layout_of
@@ -59,9 +67,10 @@ def train(config: Config, shards: Shards, ranks: Ranks) -> int:
             )
         return EXIT_DONE
     device = start_distributed(config, ranks)
-    data = prepare_data(config, shards, ranks)
+    checkpoint = newest_checkpoint(config.folder / "checkpoints")
+    data = prepare_data(config, shards, ranks, checkpoint)
     trainer = Trainer(config, data, build_engine(config, device), ranks, device)
-    trainer.resume()
+    trainer.resume(checkpoint)
     try:
         code = trainer.run()
     except BaseException as error:
@@ -73,16 +82,18 @@ def train(config: Config, shards: Shards, ranks: Ranks) -> int:
     return code
 
 
-def prepare_data(config: Config, shards: Shards, ranks: Ranks) -> DataPath:
-    """Measure the data on rank 0 while the others wait, then open the sources everywhere."""
+def prepare_data(config: Config, shards: Shards, ranks: Ranks, checkpoint: Path | None) -> DataPath:
+    """Prepare the data on rank 0 while the others wait, then open it everywhere."""
     # Measuring a large index takes longer than any step may: a group that waits.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     failure = None
     if ranks.is_main:
         config.folder.mkdir(parents=True, exist_ok=True)
         try:
-            measure(config, shards)
-            fit_prior(config, shards)
+            saved = None
+            if checkpoint is not None:
+                saved = DataState.from_json(read_manifest(checkpoint).state["data"])
+            prepare(config, shards, saved)
         except LecternError as error:
             failure = [error.exit_code, str(error)]
     failures = [found for found in gather_json(failure, patient) if found]
@@ -91,9 +102,9 @@ def prepare_data(config: Config, shards: Shards, ranks: Ranks) -> DataPath:
         stop = DataError(failures[0][1])
         stop.exit_code = failures[0][0]
         raise stop
-    data = open_data(config, shards)
+    data = open_data(config)
     if ranks.is_main:
-        for line in describe(data):
+        for line in describe(data, ranks.world_size):
             logger.info(line)
     return data
 
@@ -122,6 +133,7 @@ class Trainer:
         self.guard = CollapseGuard(config.stage.collapse, config.optim.lr)
         self.evaluator = Evaluator(config, data, self.layout, ranks, device)
         self.holes = HoleCounter(config.data.max_hole_share)
+        self.executor: Executor = None  # type: ignore[assignment] # made by run()
         self.statistics = StepStatistics(ranks, device)
         self.monitor: Monitor = None  # type: ignore[assignment] # made by resume()
         self._signal: int | None = None
@@ -129,25 +141,34 @@ class Trainer:
         torch.manual_seed(hash_key(config.run.seed, "dropout", ranks.rank) >> 1)
         self._num_bad_steps = 0
         self._saved_step = self._evaluated_step = -1
+        self._base = base_identity(config)
+        self.saver = CheckpointSaver(
+            engine,
+            config.folder / "checkpoints",
+            save_settings(config),
+            base=self._base,
+            extra={"config": config.model_dump(mode="json")},
+        )
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._on_signal)
 
-    def resume(self) -> None:
-        """Take up the newest valid checkpoint, if there is one."""
-        found = gather_json(self._newest_checkpoint())[0]
-        if found is not None:
+    def resume(self, checkpoint: Path | None) -> None:
+        """Take up a checkpoint, if there is one."""
+        if checkpoint is not None:
             wanted = [dict(group) for group in self.engine.optimizer.param_groups]
-            state = load_checkpoint(self.engine, Path(found))
-            self._check_settings(state)
+            state = load_checkpoint(self.engine, checkpoint, base=self._base, is_checked=True)
+            self._check_adapter(state)
             self._apply_optim(wanted)
             self.step = self._saved_step = state["step"]
-            self.state = DataState.from_json(state["data"])
+            saved = DataState.from_json(state["data"])
+            self.state = self.data.plan.check(saved, self.data.sources)
             self.stopping.restore(state["stopping"])
             self.guard.restore(state["guard"])
             if self.ranks.is_main:
-                logger.info("resumed at step %d from %s", self.step, found)
+                logger.info("resumed at step %d from %s", self.step, checkpoint)
         if self.ranks.is_main:
             write_config(self.config, self.config.folder / "config.yaml")
+            self.data.plan.write(self.config.folder)
         self.monitor = Monitor(
             self.config.folder,
             is_main=self.ranks.is_main,
@@ -157,9 +178,13 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the stage, or to a signal; return the exit code."""
-        max_steps = self.config.stage.max_steps or math.inf
         pin = self.device.type != "cpu"
-        steps = iter(self.data.executor(self.state, self.layout, self.ranks, pin))
+        self.executor = self.data.executor(self.state, self.layout, self.ranks, pin)
+        with contextlib.closing(self.executor.steps()) as steps:
+            return self._run(steps)
+
+    def _run(self, steps: Iterator[StepBatches]) -> int:
+        max_steps = self.config.stage.max_steps or math.inf
         while self.step < max_steps and not self.stopping.is_over:
             with self.statistics.waiting():
                 step = next(steps, None)
@@ -224,12 +249,13 @@ class Trainer:
         """Tell what the step was made of, and every few steps how it went."""
         holes = [hole for batch in step.batches for hole in batch.holes]
         holes = [hole for part in gather_json(holes) for hole in part]
-        self.monitor.step(self.step, step.step.plan_hash, holes, self.state.to_json())
+        self.monitor.step(self.step, step.step, holes)
         self.holes.add(sum(len(pack) for pack in step.step.packs), holes)
         if not self._is_log_step(self.step):
             return
         values = self.statistics.collect(self.engine)
         values["train/epoch"] = self.data.epoch(self.state)
+        values |= self._data_counts()
         line = self.statistics.line(self.step, self.total_steps, values)
         self.monitor.scalars(self.step, values, line)
         self.monitor.status(
@@ -238,6 +264,15 @@ class Trainer:
             loss=round(values["train/loss"], 4),
             tokens_per_s=round(values["speed/tokens_per_s"]),
         )
+
+    def _data_counts(self) -> dict[str, float]:
+        """Return what went wrong with the data since the start, over all ranks."""
+        counters = gather_json(self.executor.counters)
+        values = {f"data/holes_{kind}": float(n) for kind, n in self.holes.by_kind.items()}
+        values["data/holes"] = float(self.holes.num_holes)
+        for name in ("retries", "workers_replaced"):
+            values[f"data/{name}"] = float(sum(part.get(name, 0) for part in counters))
+        return values
 
     def _evaluate_and_save(self) -> None:
         """Do what is due after a step; the checkpoint comes last, so that it knows the rest."""
@@ -285,6 +320,7 @@ class Trainer:
         if self._evaluated_step != self.step:
             self._evaluate()
         self._save()
+        self.saver.close()
         self.monitor.status(state="done", step=self.step)
         if self.ranks.is_main:
             logger.info("%s: done after %d steps", self.config.folder, self.step)
@@ -292,6 +328,7 @@ class Trainer:
 
     def _stop_for_signal(self) -> int:
         self._save()
+        self.saver.close()
         self.monitor.status(state="interrupted", step=self.step)
         if self.ranks.is_main:
             logger.info("signal: saved at step %d, start me again to go on", self.step)
@@ -301,41 +338,21 @@ class Trainer:
         if self.step in (0, self._saved_step):  # nothing has been trained, or nothing since
             return
         self._saved_step = self.step
-        config = self.config.model_dump(mode="json")
         state = {
             "step": self.step,
             "data": self.state.to_json(),
             "stopping": self.stopping.state(),
             "guard": self.guard.state(),
-            "adapter": config["model"]["adapter"],
+            "adapter": self.config.model_dump(mode="json")["model"]["adapter"],
         }
-        save_checkpoint(
-            self.engine,
-            self.config.folder / "checkpoints",
+        self.saver.save(self.step, state, best_step=self.stopping.best_step)
+        self.monitor.scalars(
             self.step,
-            state,
-            keep_last=self.config.checkpoint.keep_last,
-            keep_step=self.stopping.best_step,
-            base={"path": self.config.model.path},
-            extra={"config": config},
+            {"checkpoint/blocked_s": self.saver.blocked_s},
+            f"step {self.step}: checkpoint, training waited {self.saver.blocked_s:.2f} s",
         )
 
-    def _newest_checkpoint(self) -> str | None:
-        """Return the newest valid checkpoint (rank 0 looks; it reads every byte)."""
-        if not self.ranks.is_main:
-            return None
-        found = newest_valid(self.config.folder / "checkpoints")
-        return None if found is None else str(found)
-
-    def _check_settings(self, state: dict[str, Any]) -> None:
-        saved = state["data"]["fingerprint"]
-        if saved != self.data.mark:
-            raise CheckpointError(
-                f"{self.config.folder}: the checkpoint was made with other data settings "
-                f"(fingerprint {saved}, now {self.data.mark}): shards, seed, tokenizer, templates, "
-                "pixel limits, transforms, augmentation, character weights, budgets or selected "
-                "lengths differ. Use the old ones or a fresh run.dir"
-            )
+    def _check_adapter(self, state: dict[str, Any]) -> None:
         adapter = self.config.model_dump(mode="json")["model"]["adapter"]
         if state["adapter"] != adapter:
             raise CheckpointError(

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from data_tools.stream.planner import Step
 from train.status import read_status
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,18 @@ class Monitor:
         restarts = read_status(folder).get("restarts", -1) + 1
         self.status(state="running", step=start_step, restarts=restarts, host=socket.gethostname())
 
-    def step(self, step: int, plan_hash: int, holes: list[dict], state: dict[str, Any]) -> None:
+    def step(self, step: int, planned: Step, holes: list[dict]) -> None:
         """Record one finished step's plan, its holes and, now and then, the data state."""
         if not self._is_main:
             return
-        record: dict[str, Any] = {"step": step, "plan_hash": plan_hash, "holes": len(holes)}
+        record: dict[str, Any] = {
+            "step": step,
+            "plan_hash": planned.plan_hash,
+            "packs": len(planned.packs),
+            "holes": len(holes),
+        }
         if step % STATE_EVERY_STEPS == 0:
-            record["state"] = state
+            record["state"] = planned.state.to_json()
         self._append("data.jsonl", record)
         for hole in holes:
             self._append("faults.jsonl", {"step": step} | hole)

@@ -17,7 +17,7 @@ import torch
 from data_tools.examples.encode import Example
 from data_tools.stream.collate import Batch, collate
 from train.modeling.attention import choose_attention
-from train.modeling.build import build_model
+from train.modeling.build import build_random_model
 from train.modeling.flops import Workload, workload
 from train.modeling.names import is_vision
 from train.modeling.packed import PackedModel, layout_of
@@ -46,9 +46,8 @@ def make_model(device: torch.device, *, tiny: bool) -> PackedModel:
     precision = "fp32" if device.type == "cpu" else "bf16"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        model = build_model(
+        model = build_random_model(
             folder,
-            init="scratch",
             precision=precision,
             attention=choose_attention("auto", device.type, precision),
             seed=0,

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from train.checkpoint.manifest import Manifest, step_folder_name, write_manifest
-from train.checkpoint.save import write_shard
 from train.checkpoint.shards import partition
+from train.checkpoint.write import write_shard
 
 
 def write_checkpoint(

@@ -1,5 +1,6 @@
 """A tiny ZeRO-3 engine for tests, and its whole state as plain tensors."""
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -9,6 +10,8 @@ from torch import nn
 
 from tests.harness import FOUR_ZERO_SETTINGS
 from tests.train.tiny import tiny_inputs, tiny_model
+from train.checkpoint import CheckpointSaver, SaveSettings
+from train.checkpoint.manifest import step_folder_name
 
 FROZEN = "model.language_model.norm.weight"
 
@@ -42,7 +45,11 @@ def extended_model(seed: int = 0) -> nn.Module:
 
 
 def build_engine(
-    model: nn.Module, dtype: str = "fp32", zero: dict[str, Any] | None = None, lr: float = 1e-2
+    model: nn.Module,
+    dtype: str = "fp32",
+    zero: dict[str, Any] | None = None,
+    lr: float = 1e-2,
+    stage: int = 3,
 ) -> Any:
     """Return an engine with two parameter groups (vision with decay, the rest without)."""
     groups: list[dict[str, Any]] = [
@@ -54,7 +61,11 @@ def build_engine(
             groups["visual." not in name]["params"].append(parameter)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, **(FOUR_ZERO_SETTINGS if zero is None else zero)},
+        "zero_optimization": {
+            "stage": stage,
+            **(FOUR_ZERO_SETTINGS if zero is None and stage == 3 else zero or {}),
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bf16"},
     }
@@ -73,6 +84,19 @@ def train(engine: Any, first_seed: int, steps: int) -> list[float]:
         engine.step()
         losses.append(loss.item())
     return losses
+
+
+def save(
+    engine: Any, folder: Path, step: int, state: dict[str, Any], keep_last: int = 2, **options: Any
+) -> Path:
+    """Save a checkpoint and wait until it is durable; a failure raises."""
+    settings = SaveSettings(keep_last=keep_last, on_error="stop", **options)
+    saver = CheckpointSaver(engine, folder, settings)
+    try:
+        saver.save(step, state)
+    finally:
+        saver.close()
+    return folder / step_folder_name(step)
 
 
 def whole_state(engine: Any) -> dict[str, torch.Tensor]:

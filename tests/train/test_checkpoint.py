@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from data_tools.errors import CheckpointError
 from tests.harness import RankError, run_ranks
 from tests.train.checkpoint_files import write_checkpoint
-from tests.train.engines import FROZEN, build_engine, extended_model, train, whole_state
+from tests.train.engines import FROZEN, build_engine, extended_model, save, train, whole_state
 from train.checkpoint import (
     SliceReader,
     find_checkpoint,
@@ -23,10 +23,9 @@ from train.checkpoint import (
     load_checkpoint,
     newest_valid,
     read_manifest,
-    save_checkpoint,
     verify,
 )
-from train.checkpoint import save as save_module
+from train.checkpoint import write as write_module
 from train.checkpoint.shards import partition
 
 STATE = {"data": {"epoch": 2, "cursor": [3, 4]}, "lr": 0.1, "7": None}
@@ -168,7 +167,7 @@ def save_and_continue(folder: Path) -> None:
         engine = fresh_engine(dtype)
         losses = train(engine, 0, 3)
         assert losses[0] > 0
-        saved = save_checkpoint(engine, folder / dtype, 3, STATE, keep_last=2)
+        saved = save(engine, folder / dtype, 3, STATE, keep_last=2)
         state = whole_state(engine)
         if torch.distributed.get_rank() == 0:
             save_file(state, folder / f"{dtype}.safetensors")
@@ -204,33 +203,33 @@ def refuse(folder: Path) -> None:
     """Two ranks: every refusal reaches both, none of them waits."""
     engine = fresh_engine("fp32")
     # before the first step there are no moments yet
-    assert save_checkpoint(engine, folder / "early", 0, {}, keep_last=1).name == "step-00000000"
+    assert save(engine, folder / "early", 0, {}, keep_last=1).name == "step-00000000"
     rank = torch.distributed.get_rank()
 
     def full_disk(path: Path, *_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    original = save_module.write_safetensors
+    original = write_module.write_safetensors
     if rank == 1:
-        save_module.write_safetensors = full_disk  # type: ignore[assignment]
+        write_module.write_safetensors = full_disk  # type: ignore[assignment]
     with pytest.raises(CheckpointError, match=r"rank 1: .*shard-00001-of-00002.*No space left"):
-        save_checkpoint(engine, folder / "full", 1, {}, keep_last=1)
-    save_module.write_safetensors = original
+        save(engine, folder / "full", 1, {}, keep_last=1)
+    write_module.write_safetensors = original
     torch.distributed.barrier()
     assert list((folder / "full").iterdir()) == []
     torch.distributed.barrier()
 
     with pytest.raises(CheckpointError, match="not JSON serializable"):
-        save_checkpoint(engine, folder / "full", 1, {"bad": {1, 2}}, keep_last=1)
+        save(engine, folder / "full", 1, {"bad": {1, 2}}, keep_last=1)
 
     train(engine, 0, 1)
     for step in (1, 2, 3):
-        path = save_checkpoint(engine, folder / "kept", step, {"n": step}, keep_last=2)
+        path = save(engine, folder / "kept", step, {"n": step}, keep_last=2)
     torch.distributed.barrier()
     names = sorted(p.name for p in (folder / "kept").iterdir())
     assert names == ["latest", "step-00000002", "step-00000003"]
     before = (path / "manifest.json").read_bytes()
-    assert save_checkpoint(engine, folder / "kept", 3, {"n": -1}, keep_last=2) == path
+    assert save(engine, folder / "kept", 3, {"n": -1}, keep_last=2) == path
     assert (path / "manifest.json").read_bytes() == before
 
     torch.distributed.barrier()
@@ -240,7 +239,7 @@ def refuse(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rank 1: .*its CRC-32 differs"):
         load_checkpoint(engine, path)
     # a damaged one of the same step is replaced
-    save_checkpoint(engine, folder / "kept", 3, {"n": 4}, keep_last=2)
+    save(engine, folder / "kept", 3, {"n": 4}, keep_last=2)
     assert load_checkpoint(engine, path) == {"n": 4}
 
 

@@ -154,7 +154,7 @@ def test_a_pack_holds_8_to_16_mixed_documents() -> None:
     packs, start = [], 64
     window = tokens[:64]
     while start < len(tokens):
-        chosen = choose_pack(window, [0] * len(window), budget, 1)
+        chosen, _ = choose_pack(window, [0] * len(window), budget, 1)
         packs.append(len(chosen))
         window = [t for i, t in enumerate(window) if i not in set(chosen)]
         refill = 64 - len(window)

@@ -19,11 +19,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from data_tools.errors import CheckpointError
 from tests.harness import run_ranks
 from tests.train.checkpoint_files import parameters_of, write_checkpoint
-from tests.train.engines import build_engine, train, whole_state
+from tests.train.engines import build_engine, save, train, whole_state
 from tests.train.tiny import tiny_folder, tiny_inputs, tiny_model
 from train import export as export_module
-from train.checkpoint import SliceReader, read_manifest, save_checkpoint
-from train.checkpoint.hub import BaseWeights, plan_files
+from train.checkpoint import SliceReader, hub, read_manifest
+from train.checkpoint.weights import BaseWeights, plan_files
 from train.export import export
 from train.modeling.names import hub_name, is_vision
 
@@ -81,7 +81,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 def train_and_save(base: Path, stage: Path) -> None:
     engine = build_engine(base_model(base), "bf16")
     train(engine, 0, 2)
-    save_checkpoint(engine, stage / "checkpoints", 2, {}, keep_last=1)
+    save(engine, stage / "checkpoints", 2, {}, keep_last=1)
     state = whole_state(engine)
     if torch.distributed.get_rank() == 0:
         save_file(state, stage / "state.safetensors")
@@ -197,18 +197,79 @@ def test_typed_again_it_is_done_and_something_else_is_not_overwritten(
         export(stage, tmp_path / "mine")
 
 
-def test_an_export_that_fails_leaves_nothing(
+def test_an_interrupted_export_goes_on_and_a_refused_one_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, _ = write_vision_stage(tmp_path)
+    stage, model = write_vision_stage(tmp_path)
+    written: list[str] = []
+    original = hub.write_safetensors
 
-    def fail(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def write_two(path: Path, *arguments: Any, **options: Any) -> int:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return original(path, *arguments, **options)
 
-    monkeypatch.setattr(export_module, "check_weights", fail)
+    monkeypatch.setattr(hub, "write_safetensors", write_two)
     with pytest.raises(KeyboardInterrupt):
-        export(stage)
-    assert {path.name for path in stage.iterdir()} == {"checkpoints", "config.yaml"}
+        export(stage, max_shard_gb=1e-4)
+    assert not (stage / "hf").exists()
+    monkeypatch.setattr(hub, "write_safetensors", original)
+    times = {path.name: path.stat().st_mtime_ns for path in stage.glob(".tmp-hf-*/*.safetensors")}
+    assert len(times) == 2
+    out = export(stage, max_shard_gb=1e-4)
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times
+    assert_same(weights_of(out), expected(model))
+    assert {path.name for path in stage.iterdir()} == {"checkpoints", "config.yaml", "hf"}
+    assert not list(out.glob("*.digests.json"))
+
+    def refuse(*_: Any) -> None:
+        raise CheckpointError("no")
+
+    monkeypatch.setattr(export_module, "check_weights", refuse)
+    with pytest.raises(CheckpointError):
+        export(stage, tmp_path / "other")
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_several_processes_write_the_same_files(tmp_path: Path) -> None:
+    stage, model = write_vision_stage(tmp_path)
+    one = export(stage, tmp_path / "one", max_shard_gb=1e-4)
+    two = export(stage, tmp_path / "two", max_shard_gb=1e-4, workers=2)
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    assert len(names) > 2
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    assert_same(weights_of(two), expected(model))
+
+
+def write_steps(tmp_path: Path, models: list[Any]) -> Path:
+    """Return a stage with checkpoints 1, 2, ... of these models, everything trained."""
+    stage = write_stage(tmp_path / "run", tiny_folder(tmp_path / "base"))
+    for step, model in enumerate(models, start=1):
+        trained = {f"fp32|{name}": p.detach() for name, p in model.named_parameters()}
+        write_checkpoint(stage / "checkpoints", trained, step, step, parameters_of(model))
+    return stage
+
+
+def test_checkpoints_are_averaged_uniformly_and_exponentially(tmp_path: Path) -> None:
+    models = [tiny_model(seed=seed) for seed in range(4)]
+    stage = write_steps(tmp_path, models)
+    cases = [
+        ({"average": 3}, {1: 1 / 3, 2: 1 / 3, 3: 1 / 3}),
+        ({"steps": [4, 1]}, {0: 0.5, 3: 0.5}),
+        ({"average": 2, "ema": 0.5}, {2: 1 / 3, 3: 2 / 3}),
+    ]
+    for number, (options, shares) in enumerate(cases):
+        written = weights_of(export(stage, tmp_path / f"out{number}", dtype="fp32", **options))
+        for name, weight in expected(models[0], torch.float64).items():
+            wanted = torch.zeros_like(weight)
+            for which, share in shares.items():
+                wanted += share * expected(models[which], torch.float64)[name]
+            assert torch.allclose(written[name].double(), wanted, rtol=1e-7, atol=1e-9), name
+    card = (tmp_path / "out2" / "README.md").read_text()
+    assert "the average of steps 3, 4 (shares 0.333, 0.667)" in card
+    with pytest.raises(CheckpointError, match="--average 5, but there are 4 whole checkpoints"):
+        export(stage, tmp_path / "out", average=5)
 
 
 def test_bytes_that_were_written_wrongly_are_found(
@@ -226,7 +287,7 @@ def test_bytes_that_were_written_wrongly_are_found(
         return files
 
     monkeypatch.setattr(export_module, "write_weights", write_and_spoil)
-    with pytest.raises(CheckpointError, match="what was read back is not what was written"):
+    with pytest.raises(CheckpointError, match=r"what was read back of lm_head.weight is not"):
         export(stage)
 
 

@@ -12,7 +12,7 @@ from tests.harness import run_ranks
 from tests.train.tiny import tiny_folder
 from tests.train.trainers import gathered, losses_of, run_to_end, start
 from train.config import Config, load_config
-from train.data import measure, open_data
+from train.data import open_data, prepare
 from train.ranks import Ranks
 from train.shards import find_shards
 from train.stages import trains
@@ -265,16 +265,16 @@ def test_dry_run_numbers_agree_with_the_run(tmp_path: Path, model: Path, shards:
     steps = count_steps(config)
     from train.stages import estimate_steps
 
-    data = open_data(config, find_shards(config, Ranks()))
+    data = open_data(config)
     estimate = estimate_steps(config, data.num_samples, data.samples_per_pack())
     assert estimate == pytest.approx(steps, rel=0.05, abs=1)
 
 
 def count_steps(config: Config) -> int:
     found = find_shards(config, Ranks())
-    measure(config, found)
-    data = open_data(config, found)
-    planner = data.planner(data.first_state())
+    prepare(config, found)
+    data = open_data(config)
+    planner = data.plan.planner(data.sources, data.first_state())
     count = 0
     while planner.next_step() is not None:
         count += 1

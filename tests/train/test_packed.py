@@ -12,8 +12,9 @@ from data_tools.examples.encode import Encoder, Example, ImageSettings
 from data_tools.examples.tasks import Span, Turn
 from data_tools.stream.collate import collate
 from tests.train.tiny import tiny_folder
+from train.initial_load import load_model
 from train.modeling.attention import choose_attention
-from train.modeling.build import build_model, pixel_normalizer
+from train.modeling.build import pixel_normalizer
 from train.modeling.packed import PackedModel, layout_of
 
 ATOL_FP32 = 2e-6  # sums in another order
@@ -28,9 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
     attention = choose_attention("auto", "cpu", "fp32")
-    built = build_model(
-        str(folder), init="pretrained", precision="fp32", attention=attention, seed=0
-    )
+    built = load_model(str(folder), precision="fp32", attention=attention)
     return built.eval()
 
 
@@ -89,12 +88,8 @@ def test_packed_loss_equals_stock_transformers(
         image_mean=[0.5] * 3,
         image_std=[0.27] * 3,
     )
-    stock = build_model(
-        str(folder),
-        init="pretrained",
-        precision="fp32",
-        attention={"text_config": "eager", "vision_config": "eager"},
-        seed=0,
+    stock = load_model(
+        str(folder), precision="fp32", attention={"text_config": "eager", "vision_config": "eager"}
     ).eval()
     theirs = []
     for example in examples:
@@ -154,13 +149,9 @@ def test_varlen_attention_gets_document_borders_and_causality(
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     choice = choose_attention("varlen", "cuda", "bf16")
-    fast = build_model(str(folder), init="pretrained", precision="fp32", attention=choice, seed=0)
-    slow = build_model(
-        str(folder),
-        init="pretrained",
-        precision="fp32",
-        attention=choose_attention("auto", "cpu", "fp32"),
-        seed=0,
+    fast = load_model(str(folder), precision="fp32", attention=choice)
+    slow = load_model(
+        str(folder), precision="fp32", attention=choose_attention("auto", "cpu", "fp32")
     )
     layout, normalizer = layout_of(fast.config), pixel_normalizer(str(folder))
     batch = collate(examples, layout)

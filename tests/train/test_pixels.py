@@ -1,5 +1,8 @@
 """Patches on the device, bit-equal to the image processor of the published model."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,23 @@ from train.modeling.pixels import PixelNormalizer, patchify
 
 PUBLISHED = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 LIMITS: dict[str, Any] = {"min_pixels": 3136, "max_pixels": 60_000}
+# The torchvision of the benchmarks' own environment (make bench-env), beside a CPU build of torch.
+TORCHVISION = Path(__file__).parents[2] / "build" / "bench-env"
+HUB_FAST = """
+import sys
+import numpy as np, torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+sys.path.append(sys.argv[1])
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+pages = np.load(sys.argv[2])
+limits = {"min_pixels": int(sys.argv[3]), "max_pixels": int(sys.argv[4])}
+processor = Qwen2VLImageProcessor(**limits, image_mean=[0.5] * 3, image_std=[0.27] * 3)
+images = [torch.from_numpy(np.ascontiguousarray(p.transpose(2, 0, 1))) for p in pages.values()]
+found = processor(images, return_tensors="pt")
+np.savez(sys.argv[5], **{name: found[name].numpy() for name in found})
+"""
 
 
 def pages() -> list[np.ndarray]:
@@ -37,6 +57,29 @@ def test_patches_equal_the_hub_bit_for_bit(mean: list[float], std: list[float]) 
     patches = patchify(flat, grid, PixelNormalizer(mean, std))
     assert patches.dtype == torch.float32
     assert torch.equal(patches, expected["pixel_values"])
+
+
+@pytest.mark.timeout(120)
+def test_fast_patches_equal_the_hubs_torchvision_processor(tmp_path: Path) -> None:
+    if not (TORCHVISION / "torchvision").is_dir():
+        pytest.skip("no torchvision to compare with; make bench-env installs one")
+    grey = np.broadcast_to(pages()[3][:, :, :1], pages()[3].shape)
+    images = [*pages(), grey]
+    np.savez(tmp_path / "pages.npz", *images)
+    limits = [str(value) for value in LIMITS.values()]
+    files = [str(tmp_path / "pages.npz"), *limits, str(tmp_path / "hub.npz")]
+    subprocess.run([sys.executable, "-c", HUB_FAST, str(TORCHVISION), *files], check=True)
+    expected = np.load(tmp_path / "hub.npz")
+
+    prepared = tuple(ImageSettings(**LIMITS, mode="fast").prepare(page) for page in images)
+    grid = torch.from_numpy(grid_of(prepared))
+    flat = torch.from_numpy(np.concatenate([page.reshape(-1) for page in prepared]))
+    assert np.array_equal(grid, expected["image_grid_thw"])
+    patches = patchify(flat, grid, PixelNormalizer([0.5] * 3, [0.27] * 3))
+    # It folds the rescaling into mean and deviation, which rounds otherwise (one unit).
+    np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=1e-6)
+    levels = [np.rint((p * 0.27 + 0.5) * 255) for p in (patches.numpy(), expected["pixel_values"])]
+    assert np.array_equal(*levels)
 
 
 def test_every_level_of_every_channel_equals_the_hub() -> None:

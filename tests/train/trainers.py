@@ -6,6 +6,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from train.checkpoint import newest_checkpoint
 from train.config import load_config
 from train.engine import build_engine, start_distributed
 from train.loop import Trainer, prepare_data
@@ -20,9 +21,10 @@ def start(config_path: Path) -> Trainer:
     config = load_config(config_path)
     ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
     device = start_distributed(config, ranks)
-    data = prepare_data(config, find_shards(config, ranks), ranks)
+    checkpoint = newest_checkpoint(config.folder / "checkpoints")
+    data = prepare_data(config, find_shards(config, ranks), ranks, checkpoint)
     trainer = Trainer(config, data, build_engine(config, device), ranks, device)
-    trainer.resume()
+    trainer.resume(checkpoint)
     return trainer
 
 

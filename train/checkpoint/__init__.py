@@ -1,6 +1,6 @@
-"""Checkpoints of a ZeRO-3 run: saved whole or not at all, loaded at any world size."""
+"""Checkpoints of a ZeRO run: saved whole or not at all, loaded at any world size."""
 
-from train.checkpoint.load import load_checkpoint
+from train.checkpoint.load import load_checkpoint, newest_checkpoint
 from train.checkpoint.manifest import (
     Manifest,
     find_checkpoint,
@@ -9,17 +9,19 @@ from train.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from train.checkpoint.save import save_checkpoint
+from train.checkpoint.save import CheckpointSaver, SaveSettings
 from train.checkpoint.shards import SliceReader
 
 __all__ = [
+    "CheckpointSaver",
     "Manifest",
+    "SaveSettings",
     "SliceReader",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "newest_checkpoint",
     "newest_valid",
     "read_manifest",
-    "save_checkpoint",
     "verify",
 ]

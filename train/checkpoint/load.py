@@ -1,5 +1,6 @@
-"""Load a checkpoint into a ZeRO-3 engine of any world size; each rank reads its own ranges."""
+"""Load a checkpoint into a ZeRO engine of any world size; each rank reads its own ranges."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,63 @@ import torch
 from data_tools.errors import CheckpointError
 from train.checkpoint import zero_state
 from train.checkpoint.agree import together
-from train.checkpoint.manifest import Manifest, check_shards, read_manifest
+from train.checkpoint.manifest import (
+    Manifest,
+    check_shards,
+    list_checkpoints,
+    read_manifest,
+)
 from train.checkpoint.shards import KINDS, SliceReader
-from train.collectives import rank_and_world
+from train.collectives import gather_json, rank_and_world
+
+logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint, or None; a collective of all ranks.
+
+    Every file is read and its checksum compared, each by one rank. Those that are not whole are
+    told, and an older one is taken.
+    """
+    rank, world_size = rank_and_world()
+    names = gather_json([path.name for _, path in list_checkpoints(folder)])[0]
+    for name in reversed(names):
+        problems = _problems(folder / name, rank, world_size)
+        found = [text for part in gather_json(problems) for text in part]
+        if not found:
+            return folder / name
+        if rank == 0:
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            logger.warning(
+                "%s is not usable, trying an older one: %s%s",
+                folder / name,
+                "; ".join(dict.fromkeys(found[:3])),
+                more,
+            )
+    return None
+
+
+def _problems(checkpoint: Path, rank: int, world_size: int) -> list[str]:
+    try:
+        return check_shards(checkpoint, read_manifest(checkpoint).shards[rank::world_size])
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def load_checkpoint(
+    engine: Any, checkpoint: Path, *, base: dict[str, Any] | None = None, is_checked: bool = False
+) -> dict[str, Any]:
     """Restore weights, optimizer and counters of a fresh engine; a collective of all ranks.
 
     Every file's checksum is verified first, each by one rank. Frozen parameters are left as the
     engine has them (the model loads them from its base). The random state of torch is restored
     when the world size is the same.
+
+    Args:
+        engine: fresh, of any ZeRO stage and world size.
+        checkpoint: its folder.
+        base: where the engine's frozen weights come from; must be what the checkpoint says.
+        is_checked: the files have been verified (`newest_checkpoint`).
 
     Returns:
         The `state` that was given to `save_checkpoint`.
@@ -35,17 +82,30 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
         saved, wanted = group_names(manifest.groups), group_names(engine.optimizer.param_groups)
         if saved != wanted:
             problems.append(f"its parameter groups are {saved}, those of this run {wanted}")
-        problems += check_shards(checkpoint, manifest.shards[rank::world_size])
+        problems += _other_base(manifest, base)
+        if not is_checked:
+            problems += check_shards(checkpoint, manifest.shards[rank::world_size])
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError("; ".join(problems[:5]) + more)
         return manifest
 
     manifest = together(check, doing)
-    engine.optimizer.checkpoint_event_prologue()
-    together(lambda: _restore(engine, SliceReader(checkpoint, manifest), manifest), doing)
-    engine.optimizer.checkpoint_event_epilogue()  # gathers what DeepSpeed keeps whole
+    with zero_state.restoring(engine):
+        together(lambda: _restore(engine, SliceReader(checkpoint, manifest), manifest), doing)
     return manifest.state
+
+
+def _other_base(manifest: Manifest, base: dict[str, Any] | None) -> list[str]:
+    """Say where frozen weights would not be those that the checkpoint was trained beside."""
+    is_partial = any(not about["trainable"] for about in manifest.parameters.values())
+    saved = manifest.base or {}
+    if not is_partial or base is None or saved.get("sha256") in (None, base.get("sha256")):
+        return []
+    return [
+        f"its frozen weights are those of {saved.get('path')} (sha256 {saved['sha256'][:12]}), "
+        f"model.path is {base.get('path')} (sha256 {str(base.get('sha256'))[:12]})"
+    ]
 
 
 def group_names(groups: list[dict[str, Any]]) -> list[str]:
@@ -73,11 +133,9 @@ def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, An
 def _restore(engine: Any, reader: SliceReader, manifest: Manifest) -> None:
     rank, world_size = rank_and_world()
     zero_state.ensure_optimizer_state(engine)
-    for name, p in zero_state.named_parameters(engine).items():
-        if p.requires_grad:
-            start, end = zero_state.owned_range(p, world_size, rank)
-            kinds = {kind: reader.read(f"{kind}|{name}", start, end) for kind in KINDS}
-            zero_state.restore_parameter(p, kinds)
+    for part in zero_state.local_parts(engine):
+        for kind in KINDS:
+            part.assign(kind, reader.read(f"{kind}|{part.name}", part.start, part.end))
     zero_state.set_optimizer_steps(engine, manifest.optimizer_steps)
     zero_state.set_group_settings(engine, manifest.groups)
     for counter, value in manifest.counters.items():

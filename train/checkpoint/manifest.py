@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import CheckpointError
+from train.checkpoint.files import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
-BLOCK_BYTES = 8 << 20
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 

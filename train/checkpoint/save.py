@@ -1,195 +1,251 @@
-"""Save a checkpoint of a ZeRO-3 engine: one shard per rank, complete or not there at all."""
+"""Save checkpoints of a ZeRO engine: training waits for a copy in memory, not for a disk.
 
+    saver = CheckpointSaver(engine, RUN/stageN/checkpoints, SaveSettings(keep_last=2))
+    saver.save(step, state)        # a collective; returns when the copy is made
+    saver.close()                  # waits until the last one is durable
+
+One save is under way at a time (two with a local disk in between): the next one waits for it, and
+says so. A save that fails leaves
+nothing behind and deletes nothing; training goes on unless `on_error` is "stop".
+"""
+
+import json
 import logging
-import os
 import shutil
+import threading
+import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from data_tools.errors import CheckpointError
 from train.checkpoint import zero_state
 from train.checkpoint.agree import together
-from train.checkpoint.manifest import (
-    Manifest,
-    Shard,
-    fsync_folder,
-    list_checkpoints,
-    step_folder_name,
-    verify,
-    write_manifest,
-    write_text,
-)
-from train.checkpoint.shards import KINDS, Crc32, Layout, write_safetensors
+from train.checkpoint.manifest import Manifest, step_folder_name, verify
+from train.checkpoint.mirror import Mirror
+from train.checkpoint.retention import Retention, delete
+from train.checkpoint.snapshot import HostCopy
+from train.checkpoint.write import Destination, write_rank
 from train.collectives import gather_json, rank_and_world
 
 logger = logging.getLogger(__name__)
 
+LIBRARIES = ("torch", "deepspeed", "transformers")
 
-def save_checkpoint(
-    engine: Any,
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    *,
-    keep_last: int,
-    keep_step: int | None = None,
-    base: dict[str, Any] | None = None,
-    extra: dict[str, Any] | None = None,
-) -> Path:
-    """Write `folder/step-XXXXXXXX`, then delete old ones; a collective of all ranks.
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """How checkpoints are saved.
+
+    Attributes:
+        keep_last: how many of the newest remain; 0 keeps all.
+        keep_every: and every step that is a multiple of this.
+        in_background: False waits for the disk before training goes on.
+        local_dir: folder of each node's own disk that shards are written to first.
+        mirror: URL of a second copy.
+        on_error: what a failed save does: "warn" or "stop".
+        timeout_s: how long rank 0 waits for the files of the other ranks.
+    """
+
+    keep_last: int = 2
+    keep_every: int | None = None
+    in_background: bool = True
+    local_dir: str | None = None
+    mirror: str | None = None
+    on_error: Literal["warn", "stop"] = "warn"
+    timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A save that is under way on this rank."""
+
+    step: int
+    name: str
+    future: "Future[None]"
+    is_copied: threading.Event
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of one engine into one folder, one after the other.
 
     Args:
-        engine: a DeepSpeed ZeRO-3 engine between two steps; `engine.module.model` is the model.
+        engine: a DeepSpeed ZeRO engine; `engine.module.model` is the model.
         folder: the checkpoints of the stage, on a file system that all ranks share.
-        step: optimizer steps done.
-        state: JSON of the trainer; `load_checkpoint` returns it.
-        keep_last: how many checkpoints up to this step remain; 0 keeps all.
-        keep_step: a step that remains besides (the best one).
+        settings: how.
         base: where the frozen weights, which are not stored, come from.
         extra: further JSON for the record.
 
-    Returns:
-        The checkpoint. One of this step that is there already and whole is kept as it is.
-
-    Raises:
-        CheckpointError: on every rank, if one of them could not write; nothing is left behind.
+    Attributes:
+        blocked_s: how long training waited for the last save.
     """
-    rank, world_size = rank_and_world()
-    final = folder / step_folder_name(step)
-    doing = f"Saving {final}"
-    name = gather_json(together(lambda: _prepare(final) if rank == 0 else None, doing))[0]
-    if name is None:
-        return final
-    temporary = folder / name
-    try:
-        shard = together(lambda: _write_shard(engine, temporary, rank, world_size), doing)
+
+    def __init__(
+        self,
+        engine: Any,
+        folder: Path,
+        settings: SaveSettings,
+        *,
+        base: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self._engine, self._folder, self._settings = engine, folder, settings
+        self._base, self._extra = base, extra or {}
+        self._copy = HostCopy()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
+        self._running: deque[_Running] = deque()
+        self._is_closed = False
+        self.blocked_s = 0.0
+
+    def save(self, step: int, state: dict[str, Any], *, best_step: int | None = None) -> None:
+        """Begin to write `folder/step-XXXXXXXX`; a collective of all ranks between two steps.
+
+        Args:
+            step: optimizer steps done. A checkpoint of it that is there and whole is kept.
+            state: JSON of the trainer; `load_checkpoint` returns it.
+            best_step: a step that is not deleted.
+
+        Raises:
+            CheckpointError: on every rank, if this or an earlier save failed and `on_error` is
+                "stop".
+        """
+        started = time.perf_counter()
+        self._make_room()
+        try:
+            self._begin(step, state, best_step)
+        except CheckpointError as error:
+            self._report(str(error))
+        if not self._settings.in_background:
+            self.wait()
+        self.blocked_s = time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Wait until every save that is under way is durable; a collective of all ranks.
+
+        Raises:
+            CheckpointError: on every rank, if one failed and `on_error` is "stop".
+        """
+        while self._running:
+            self._wait_for(self._running.popleft())
+
+    def _make_room(self) -> None:
+        """Wait until the memory of the last snapshot is free, and hardly anything is under way."""
+        allowed = 1 if self._settings.local_dir else 0
+        while len(self._running) > allowed:
+            self._wait_for(self._running.popleft())
+        if self._running:
+            self._running[-1].is_copied.wait()
+
+    def _wait_for(self, running: _Running) -> None:
+        if not running.future.done() and rank_and_world()[0] == 0:
+            logger.info("waiting for the checkpoint of step %d", running.step)
+        error = running.future.exception()
+        problems = gather_json(None if error is None else str(error))
+        found = list(dict.fromkeys(text for text in problems if text is not None))
+        if found:
+            self._report("; ".join(found))
+
+    def close(self, *, must_hold: bool = True) -> None:
+        """Wait for the last save and end the thread; typed twice it does nothing.
+
+        Raises:
+            CheckpointError: if the last save failed and must hold.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if must_hold:
+            self._settings = replace(self._settings, on_error="stop")
+        try:
+            self.wait()
+        finally:
+            self._threads.shutdown(wait=False)
+
+    def _begin(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
+        rank, _ = rank_and_world()
+        final = self._folder / step_folder_name(step)
+        doing = f"Saving {final}"
+        busy = {running.name for running in self._running}
+        name = gather_json(together(lambda: prepare(final, busy) if rank == 0 else None, doing))[0]
+        if name is None:
+            return
+        try:
+            snapshot = together(lambda: self._copy.take(self._engine), doing)
+            manifest = together(lambda: self._manifest(step, state), doing)
+        except CheckpointError:
+            if rank == 0:
+                shutil.rmtree(self._folder / name, ignore_errors=True)
+            raise
+        destination = self._destination(name, final, best_step)
+        is_copied = threading.Event()
+        before = self._running[-1].future if self._running else None
+        future = self._threads.submit(
+            write_rank, snapshot, manifest, rank, destination, is_copied, before
+        )
+        self._running.append(_Running(step, name, future, is_copied))
+
+    def _manifest(self, step: int, state: dict[str, Any]) -> Manifest:
+        """Return the manifest without its shards."""
         manifest = Manifest(
             step=step,
-            world_size=world_size,
-            shards=[Shard(**record) for record in gather_json(asdict(shard))],
-            groups=zero_state.group_settings(engine),
-            optimizer_steps=zero_state.optimizer_steps(engine),
-            counters={name: int(getattr(engine, name)) for name in zero_state.COUNTERS},
+            world_size=rank_and_world()[1],
+            shards=[],
+            groups=zero_state.group_settings(self._engine),
+            optimizer_steps=zero_state.optimizer_steps(self._engine),
+            counters={name: int(getattr(self._engine, name)) for name in zero_state.COUNTERS},
             state=state,
-            parameters=zero_state.describe_parameters(engine),
-            base=base,
-            extra=extra or {},
-            versions={name: version(name) for name in ("torch", "deepspeed", "transformers")},
+            parameters=zero_state.describe_parameters(self._engine),
+            base=self._base,
+            extra=self._extra,
+            versions={name: version(name) for name in LIBRARIES},
         )
-        together(lambda: _commit(temporary, final, manifest) if rank == 0 else None, doing)
-    except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    together(lambda: _delete_old(folder, step, keep_last, keep_step) if rank == 0 else None, doing)
-    return final
+        json.dumps([manifest.state, manifest.base, manifest.extra])  # TypeError: here, not later
+        return manifest
+
+    def _destination(self, name: str, final: Path, best_step: int | None) -> Destination:
+        settings = self._settings
+        return Destination(
+            temporary=self._folder / name,
+            final=final,
+            local=Path(settings.local_dir) if settings.local_dir else None,
+            mirror=Mirror(settings.mirror) if settings.mirror else None,
+            retention=Retention(settings.keep_last, settings.keep_every, best_step),
+            timeout_s=settings.timeout_s,
+        )
+
+    def _report(self, problem: str) -> None:
+        if self._settings.on_error == "stop":
+            raise CheckpointError(problem)
+        if rank_and_world()[0] == 0:
+            logger.error(
+                "%s Training goes on without this checkpoint (checkpoint.on_error: warn).", problem
+            )
 
 
-def _prepare(final: Path) -> str | None:
-    """Return the name of a new temporary folder, or None if the checkpoint is there and whole."""
+def prepare(final: Path, busy: Collection[str] = ()) -> str | None:
+    """Return the name of a new temporary folder, or None if the checkpoint is there and whole.
+
+    Args:
+        final: folder of the checkpoint.
+        busy: temporary folders that are still written to; all others are deleted.
+    """
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.name not in busy:
+            shutil.rmtree(leftover, ignore_errors=True)
     if final.exists():
         problems = verify(final)
         if not problems:
             logger.warning("%s exists already and is whole: kept as it is", final)
             return None
         logger.warning("%s is replaced: %s", final, "; ".join(problems))
-        _delete(final)
+        delete(final)
     temporary = folder / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     return temporary.name
-
-
-def _write_shard(engine: Any, folder: Path, rank: int, world_size: int) -> Shard:
-    """Write this rank's slices and random state."""
-    zero_state.ensure_optimizer_state(engine)
-    owned = {
-        name: (p, *zero_state.owned_range(p, world_size, rank))
-        for name, p in zero_state.named_parameters(engine).items()
-        if p.requires_grad
-    }
-    random_states = {"rng|cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random_states["rng|cuda"] = torch.cuda.get_rng_state()
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    table: dict[str, tuple[list[int], int, int]] = {}
-    for kind in KINDS:
-        for name, (p, start, end) in owned.items():
-            layout[f"{kind}|{name}"] = (torch.float32, (end - start,))
-            table[f"{kind}|{name}"] = (list(p.ds_shape), start, end)
-    for key, value in random_states.items():
-        layout[key] = (value.dtype, tuple(value.shape))
-        table[key] = (list(value.shape), 0, value.numel())
-
-    def tensors() -> Iterator[torch.Tensor]:
-        for kind in KINDS:
-            for p, start, end in owned.values():
-                yield zero_state.local_tensor(p, kind, end - start)
-        yield from random_states.values()
-
-    return write_shard(folder, rank, world_size, layout, table, tensors())
-
-
-def write_shard(
-    folder: Path,
-    rank: int,
-    world_size: int,
-    layout: Layout,
-    table: dict[str, tuple[list[int], int, int]],
-    tensors: Iterator[torch.Tensor],
-) -> Shard:
-    """Write the shard of one rank and return its entry of the manifest.
-
-    Raises:
-        CheckpointError: if the file cannot be written (disk full, quota, permissions).
-    """
-    path = folder / f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
-    crc = Crc32()
-    try:
-        folder.mkdir(exist_ok=True)  # made by rank 0; another node may see it late
-        size = write_safetensors(path, layout, tensors, crc)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written ({error.strerror or error}); free space on that file "
-            "system or lower checkpoint.keep_last."
-        ) from error
-    return Shard(path.name, size, crc.value, table)
-
-
-def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    write_manifest(temporary, manifest)
-    fsync_folder(temporary)
-    temporary.rename(final)
-    fsync_folder(final.parent)
-    hint = final.parent / ".latest.tmp"
-    write_text(hint, final.name + "\n")
-    os.replace(hint, final.parent / "latest")
-    fsync_folder(final.parent)
-
-
-def _delete_old(folder: Path, step: int, keep_last: int, keep_step: int | None) -> None:
-    """Delete what is older than the last `keep_last` up to `step`, the newest valid one.
-
-    Later steps, from before a resume at an earlier one, are left alone.
-    """
-    if keep_last:
-        until_now = [found for found in list_checkpoints(folder) if found[0] <= step]
-        for number, path in until_now[:-keep_last]:
-            if number != keep_step:
-                _delete(path)
-
-
-def _delete(checkpoint: Path) -> None:
-    # renamed first: half a checkpoint must never be seen under its name
-    doomed = checkpoint.with_name(f".tmp-del-{checkpoint.name}-{uuid.uuid4().hex[:8]}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

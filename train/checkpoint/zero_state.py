@@ -1,19 +1,45 @@
-"""What a checkpoint takes out of a ZeRO-3 engine, and puts back.
+"""What a checkpoint takes out of a ZeRO engine, and puts back.
 
-This is the only place that touches names of DeepSpeed that are not public:
+This is the only place that touches names of DeepSpeed that are not public. ZeRO-3:
 `optimizer.fp32_partitioned_groups_flat`, `optimizer.sub_group_to_group_id`,
-`optimizer.optimizer.state` and `parameter.ds_tensor` (its own checkpoints rest on them too).
-DeepSpeed is imported inside functions, so that reading a checkpoint does not need it.
+`optimizer.optimizer.state`, `parameter.ds_tensor`. ZeRO-1 and 2: `parameter._hp_mapping`,
+`optimizer.optimizer.state`, `optimizer.update_lp_params`,
+`optimizer._lazy_init_hp_params_optimizer_state`. DeepSpeed's own checkpoints rest on all
+of them too. DeepSpeed is imported inside functions, so that reading a checkpoint does not need it.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from train.checkpoint.shards import partition
+from train.checkpoint.shards import KINDS, partition
+from train.collectives import rank_and_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """The range of a trained parameter that lies on this rank.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the whole of it.
+        start, end: the flat range.
+        values: kind -> (end - start,) float32, the master ("fp32") or a moment, on its device.
+        assign: puts such values in their place.
+    """
+
+    name: str
+    shape: list[int]
+    start: int
+    end: int
+    values: Callable[[str], torch.Tensor]
+    assign: Callable[[str, torch.Tensor], None]
 
 
 def named_parameters(engine: Any) -> dict[str, Any]:
@@ -24,53 +50,48 @@ def named_parameters(engine: Any) -> dict[str, Any]:
 def describe_parameters(engine: Any) -> dict[str, dict[str, Any]]:
     """Return name -> {"shape": of the whole tensor, "trainable"}, in the model's order."""
     return {
-        name: {"shape": list(p.ds_shape), "trainable": bool(p.requires_grad)}
+        name: {"shape": list(getattr(p, "ds_shape", p.shape)), "trainable": bool(p.requires_grad)}
         for name, p in named_parameters(engine).items()
     }
 
 
-def owned_range(p: Any, world_size: int, rank: int) -> tuple[int, int]:
-    """Return the range of the flat parameter that this rank holds, without padding."""
-    return partition(p.ds_numel, world_size, rank)
+def is_partitioned(engine: Any) -> bool:
+    """Return whether the parameters themselves are partitioned (ZeRO-3)."""
+    return bool(engine.zero_optimization_partition_weights())
 
 
-def local_tensor(p: Any, kind: str, length: int) -> torch.Tensor:
-    """Return (length,) float32 on the CPU: this rank's slice of the master ("fp32") or a moment."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+def local_parts(engine: Any) -> list[LocalPart]:
+    """Return what lies on this rank of every parameter that trains.
 
-    if kind == "fp32":
-        local = safe_get_local_fp32_param(p)
-    else:
-        local = safe_get_local_optimizer_state(p, kind)
-    # the rest is padding, which is uninitialised memory
-    return local.detach()[:length].float().cpu()
-
-
-def restore_parameter(p: Any, kinds: dict[str, torch.Tensor]) -> None:
-    """Set master, moments and low-precision slice of a trained parameter.
-
-    `kinds` holds this rank's float32 slices without padding: "fp32", "exp_avg", "exp_avg_sq". Call
-    between the optimizer's `checkpoint_event_prologue` and `checkpoint_event_epilogue`, else
-    parameters that DeepSpeed keeps whole go on with their old values.
+    Call `ensure_optimizer_state` before.
     """
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+    make = _partitioned_part if is_partitioned(engine) else _fragment_part
+    found = [make(name, p) for name, p in named_parameters(engine).items() if p.requires_grad]
+    return [part for part in found if part is not None]
 
-    for kind, values in kinds.items():
-        padded = torch.zeros(p.ds_tensor.numel())
-        padded[: len(values)] = values
-        if kind == "fp32":
-            safe_set_local_fp32_param(p, padded)
-            p.ds_tensor.data.copy_(padded)
-        else:
-            safe_set_local_optimizer_state(p, padded, kind)
+
+@contextmanager
+def restoring(engine: Any) -> Iterator[None]:
+    """Let `LocalPart.assign` be called inside; afterwards the model has the new values."""
+    if not is_partitioned(engine):
+        yield
+        engine.optimizer.update_lp_params()
+        return
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()  # gathers what DeepSpeed keeps whole
 
 
 def flat_groups(engine: Any) -> list[tuple[int, torch.Tensor]]:
-    """Return (index of the parameter group, flat master tensor) of each of ZeRO's sub-groups."""
+    """Return (index of the parameter group, flat master tensor) of each of ZeRO's groups."""
     zero = engine.optimizer
+    if is_partitioned(engine):
+        flat = zero.fp32_partitioned_groups_flat
+        return [(zero.sub_group_to_group_id[index], part) for index, part in enumerate(flat)]
     return [
-        (zero.sub_group_to_group_id[index], flat)
-        for index, flat in enumerate(zero.fp32_partitioned_groups_flat)
+        (index, part)
+        for index, group in enumerate(zero.optimizer.param_groups)
+        for part in group["params"]
     ]
 
 
@@ -85,6 +106,11 @@ def ensure_optimizer_state(engine: Any) -> None:
         for moment in MOMENTS:
             if moment not in state:
                 state[moment] = torch.zeros_like(flat, requires_grad=False)
+    if not is_partitioned(engine):
+        # DeepSpeed links moments to parameters after the first step of the first group, when those
+        # of the other groups do not exist yet: once more, now that all of them do.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def optimizer_steps(engine: Any) -> list[int]:
@@ -116,6 +142,56 @@ def set_group_settings(engine: Any, groups: list[dict[str, Any]]) -> None:
     for target, source in zip(engine.optimizer.param_groups, groups, strict=True):
         for key, value in source.items():
             target[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _partitioned_part(name: str, p: Any) -> LocalPart:
+    """Return the part of a ZeRO-3 parameter: an equal share, the last ranks less or none."""
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    rank, world_size = rank_and_world()
+    start, end = partition(p.ds_numel, world_size, rank)
+
+    def values(kind: str) -> torch.Tensor:
+        master = kind == KINDS[0]
+        local = safe_get_local_fp32_param(p) if master else safe_get_local_optimizer_state(p, kind)
+        return local.detach()[: end - start]  # the rest is padding, which is uninitialised memory
+
+    def assign(kind: str, new: torch.Tensor) -> None:
+        padded = torch.zeros(p.ds_tensor.numel())
+        padded[: len(new)] = new
+        if kind == KINDS[0]:
+            safe_set_local_fp32_param(p, padded)
+            p.ds_tensor.data.copy_(padded)  # else the forward goes on with the old values
+        else:
+            safe_set_local_optimizer_state(p, padded, kind)
+
+    return LocalPart(name, list(p.ds_shape), start, end, values, assign)
+
+
+def _fragment_part(name: str, p: Any) -> LocalPart | None:
+    """Return the part of a ZeRO-1 or 2 parameter: a fragment of any place, or nothing."""
+    if p._hp_mapping is None:
+        return None
+    mapping = p._hp_mapping
+    start = int(mapping.lp_fragment_address.start)
+
+    def values(kind: str) -> torch.Tensor:
+        if kind == KINDS[0]:
+            fragment = mapping.get_hp_fragment()
+        else:
+            fragment = mapping.get_optim_state_fragment(kind)
+        return fragment.detach().reshape(-1)
+
+    def assign(kind: str, new: torch.Tensor) -> None:
+        values(kind).copy_(new)
+
+    end = start + int(mapping.lp_fragment_address.numel)
+    return LocalPart(name, list(p.shape), start, end, values, assign)
 
 
 def _plain(value: Any) -> Any:
