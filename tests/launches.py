@@ -75,8 +75,13 @@ def start(command: list[str], cwd: Path = ROOT) -> subprocess.Popen:
     )
 
 
-def kill_when(process: subprocess.Popen, condition: Callable[[], bool], timeout_s: float) -> None:
-    """SIGKILL a process group as soon as a condition holds."""
+def kill_when(
+    process: subprocess.Popen,
+    condition: Callable[[], bool],
+    timeout_s: float,
+    delay_s: float = 0.0,
+) -> None:
+    """SIGKILL a process group as soon as a condition holds, or a while later."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -84,6 +89,7 @@ def kill_when(process: subprocess.Popen, condition: Callable[[], bool], timeout_
             stdout, stderr = process.communicate()
             raise AssertionError(f"the condition never held\n{stdout}\n{stderr}")
         time.sleep(0.02)
+    time.sleep(delay_s)
     kill_tree(process)
     process.communicate()
 

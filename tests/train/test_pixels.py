@@ -1,5 +1,6 @@
 """Patches on the device, bit-equal to the image processor of the published model."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data_tools.examples.encode import ImageSettings, grid_of
+from data_tools.examples.images import decode
 from tests.builders import draw_page
 from train.modeling.pixels import PixelNormalizer, patchify
 
@@ -57,6 +60,24 @@ def test_patches_equal_the_hub_bit_for_bit(mean: list[float], std: list[float]) 
     patches = patchify(flat, grid, PixelNormalizer(mean, std))
     assert patches.dtype == torch.float32
     assert torch.equal(patches, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("max_pixels", [400_000, 12_845_056])
+def test_real_receipts_equal_the_hub_from_the_file_on(max_pixels: int) -> None:
+    folder = Path(os.environ.get("LECTERN_SHARED", "")) / "sroie" / "images"
+    if not folder.is_dir():
+        pytest.skip("LECTERN_SHARED does not name a folder with sroie/images")
+    files = sorted(folder.iterdir())[:40:5]
+    limits: Any = {"min_pixels": 3136, "max_pixels": max_pixels}
+    processor = Qwen2VLImageProcessorPil(**limits, image_mean=[0.5] * 3, image_std=[0.27] * 3)
+    for file in files:
+        with Image.open(file) as image:
+            expected = processor([image.convert("RGB")], return_tensors="pt")
+        prepared = ImageSettings(**limits).prepare(decode(file.read_bytes()))
+        grid = torch.from_numpy(grid_of((prepared,)))
+        flat = torch.from_numpy(prepared.reshape(-1))
+        patches = patchify(flat, grid, PixelNormalizer([0.5] * 3, [0.27] * 3))
+        assert torch.equal(patches, expected["pixel_values"]), file.name
 
 
 @pytest.mark.timeout(120)
