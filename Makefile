@@ -2,7 +2,8 @@
 # make quickstart  train, export and score a tiny Qwen2.5-VL on this machine's CPU
 # make test        the fast tests; make test-all adds the campaigns of minutes
 # make check       format, lint, types, layering, sizes, spelling, shell scripts
-# make bench       every benchmark; the only one so far is gpu-check, for an NVIDIA GPU
+# make bench       every benchmark (make bench-env first, for the columns of other programs)
+# make gpu-check   the benchmark of an NVIDIA GPU
 #
 # On a machine without a GPU the default index serves a CUDA build of torch (gigabytes). Take the
 # CPU build from the index that the install page of pytorch.org names:  make setup TORCH_INDEX=URL
@@ -11,7 +12,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements.lock)
 
-.PHONY: setup quickstart tiny-base test test-all test-slurm check format bench gpu-check lock clean
+.PHONY: setup quickstart tiny-base test test-all test-slurm check format bench bench-env gpu-check \
+        lock clean
 
 setup: .venv/installed
 
@@ -33,7 +35,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest -m "not slurm" --timeout 3000
 
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm tests/slurm
@@ -50,9 +52,12 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup gpu-check
+bench: setup
 	for name in $$(ls benchmarks/*.py | xargs -n1 basename | grep -v '^_' | sed 's/\.py$$//'); do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-env: setup
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/bench-env -r benchmarks/requirements.txt
 
 gpu-check:
 	bash benchmarks/gpu/check.sh

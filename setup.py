@@ -57,6 +57,10 @@ setup(
             "types-PyYAML",
             "types-regex",
             "types-tqdm",
+            # An S3 server for tests; one pip run, since s3fs pins the botocore that both use.
+            "s3fs",
+            "moto[server,s3]>=5.2",
+            "aiohttp",
         ],
     },
 )

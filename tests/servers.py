@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 import uuid
@@ -33,6 +34,11 @@ import pytest
 Faults = Callable[[str, str, int], str]
 KINDS = ("500", "503", "429", "stall", "reset", "truncated", "slow", "empty", "long")
 STALL_S = 60.0
+LATE_S = 0.6
+SLOW_DOWN = (
+    b'<?xml version="1.0"?><Error><Code>SlowDown</Code>'
+    b"<Message>Please reduce your request rate.</Message></Error>"
+)
 
 
 def never(method: str, path: str, number: int) -> str:
@@ -132,10 +138,17 @@ def serve_s3(folder: Path, faults: Faults | None = None) -> Iterator[Server]:
         moto.stop()
 
 
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that gave up
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def _running(handler: type[BaseHTTPRequestHandler], server: Server) -> Iterator[str]:
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    httpd.daemon_threads = True
+    httpd = _HttpServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -190,10 +203,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
             return
+        if kind == "late":
+            self.state.closing.wait(LATE_S)
         if kind == "whole":
             del self.headers["Range"]
         if kind.isdecimal():
-            status, headers, body = int(kind), {}, b"injected"
+            status, headers, body = int(kind), {}, SLOW_DOWN if kind == "503" else b"injected"
         else:
             status, headers, body = self.answer(method)
         if kind == "empty":

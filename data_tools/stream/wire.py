@@ -3,6 +3,7 @@
 A message is a header, a pickle, and one blob with the bytes of all tensors. The receiver reads the
 blob straight into one buffer, pinned where asked, and its tensors are views on that. Everything
 goes through a socket: shared memory is 64 MB in a container, and outlives a killed process.
+Nothing else pickles: what is read here was written by our own process a moment ago.
 """
 
 import io
@@ -66,6 +67,15 @@ def encode(message: Any) -> list[memoryview]:
     body = file.getbuffer()
     header = _HEADER.pack(len(body), pickler.size_bytes)
     return [memoryview(header), body, *pickler.parts]
+
+
+def can_travel(message: Any) -> bool:
+    """Tell whether a message can be pickled and made again of what was pickled."""
+    try:
+        pickle.loads(pickle.dumps(message))
+    except Exception:  # whatever its own methods raise
+        return False
+    return True
 
 
 def send(descriptor: int, message: Any) -> None:

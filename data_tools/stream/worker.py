@@ -7,7 +7,6 @@ the order of the tasks. The process ends with the trainer, whichever way that en
 import contextlib
 import ctypes
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -17,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
 from data_tools.errors import LecternError
-from data_tools.stream.wire import receive_now, send
+from data_tools.stream.wire import can_travel, receive_now, send
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -66,7 +65,7 @@ def run_worker(connection: Connection) -> None:
     # A trainer that is gone needs no answer.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            maker: TaskMaker = pickle.loads(receive_now(descriptor))
+            maker: TaskMaker = receive_now(descriptor)
         except (EOFError, ConnectionResetError):
             return
         except Exception as error:
@@ -125,11 +124,10 @@ def _portable(error: Exception) -> Exception:
     """Return an error that can be pickled; a defect carries its traceback as a note."""
     if not isinstance(error, LecternError):
         error.add_note("In a loader process:\n" + "".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
+    if can_travel(error):
         return error
-    except Exception:  # errors of other packages may need more than one argument
-        plain = RuntimeError(f"{type(error).__name__}: {error}")
-        for note in getattr(error, "__notes__", ()):
-            plain.add_note(note)
-        return plain
+    # Errors of other packages may need more than one argument.
+    plain = RuntimeError(f"{type(error).__name__}: {error}")
+    for note in getattr(error, "__notes__", ()):
+        plain.add_note(note)
+    return plain

@@ -5,6 +5,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from data_tools.sample import Sample
 
 Members = list[tuple[str, bytes]]
@@ -21,3 +24,13 @@ def write_tar(path: Path, members: Members, **options: Any) -> str:
 
 def members_of(*samples: Sample) -> Members:
     return [item for sample in samples for item in sample.to_members().items()]
+
+
+def encode(size: tuple[int, int], kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(noise).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PAGE = encode((60, 40))

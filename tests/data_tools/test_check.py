@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_clean_shards_end_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_each_problem_is_named_with_its_kind_and_key(tmp_path: Path, change: str) -> None:
     good, bad = make_sample(0), make_sample(1)
     page = bad.images[0]
-    expected = {
+    expected: dict[str, tuple[str, dict[str, Any]]] = {
         "box outside": ("box", {"annotations": (Annotation("a", (0, 0, page.width + 1, 9)),)}),
         "blank text": ("text", {"annotations": (Annotation("a"), Annotation(" \n"))}),
         "nothing": ("text", {"annotations": (), "fields": {}}),

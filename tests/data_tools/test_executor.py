@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,12 @@ from data_tools.errors import DataError
 from data_tools.examples.encode import CONTEXT, Encoder, ImageSettings
 from data_tools.examples.tasks import Recipe
 from data_tools.sample import PageImage
+from data_tools.stream.catalogue import Selection, make_catalogue
 from data_tools.stream.executor import ExampleMaker, StepBatches, estimate_bytes
 from data_tools.stream.fit import Budgets
+from data_tools.stream.lengths import fingerprint, make_lengths
 from data_tools.stream.planner import DataState, PlannedSample
+from data_tools.stream.ranges import StorageSettings
 from data_tools.stream.source import Source
 from data_tools.templates import load_template
 from tests.builders import make_sample, write_shard, write_shards
@@ -39,6 +43,7 @@ from tests.data_tools.streams import (
     make_executor,
     open_sources,
 )
+from tests.servers import every, serve_folder, serve_s3
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +315,39 @@ def test_what_a_worker_ignores_and_what_kills_it_change_no_batch(
             time.sleep(0.1)
     assert_same_steps(found, steps)
     assert executor.counters["workers_replaced"] == 1
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("serve", [serve_folder, serve_s3], ids=["http", "s3"])
+def test_an_epoch_from_a_store_that_misbehaves_equals_one_from_local_files(
+    serve: Any, tmp_path: Path, byte_folder: Path, encoder: Encoder
+) -> None:
+    pytest.importorskip("aiohttp", reason="the extras http and s3 are not installed")
+    shards = write_shards(tmp_path / "shards", [9, 7])
+    (local,) = open_sources(tmp_path, [shards], byte_folder)
+    expected = list(make_executor([local], encoder))
+    with serve(tmp_path / "shards") as server:
+        urls = [f"{server.url}/{Path(shard).name}" for shard in shards]
+        index_dir = str(tmp_path / "indexes")
+        make_lengths(urls, str(byte_folder), SETTINGS, RECIPE, num_workers=0, index_dir=index_dir)
+        mark = fingerprint(encoder, RECIPE)
+        path = tmp_path / "remote.catalogue"
+        chosen = Selection(BUDGETS)
+        make_catalogue(path, urls, mark, RECIPE, SETTINGS, chosen, index_dir=index_dir)
+        server.faults = every(3, "503", "500", "reset", "truncated", "stall")
+        executor = make_executor(
+            [Source(str(path))],
+            encoder,
+            num_workers=2,
+            storage=StorageSettings(request_timeout_s=0.5),
+        )
+        found = list(executor)
+        assert sum(server.faulted[kind] for kind in ("503", "500", "reset", "truncated")) > 1
+    assert executor.counters["retries"] > 1 and executor.counters["workers_replaced"] == 0
+    assert [s.step.plan_hash for s in found] == [s.step.plan_hash for s in expected]
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip(one.batches, other.batches, strict=True):
+            assert_same(a, b)
 
 
 def test_a_pack_is_read_at_once_and_an_empty_one_not_at_all(

@@ -236,7 +236,7 @@ def test_lost_workers_change_neither_packs_nor_contents(
     sources = open_sources(tmp_path, [[str(shard)]], byte_folder)
     expected = list(make_executor(sources, encoder, epochs=3))
     executor = make_executor(
-        sources, encoder, epochs=3, num_workers=2, timeout_s=1.5, max_bytes=100_000
+        sources, encoder, epochs=3, num_workers=2, timeout_s=5.0, max_bytes=100_000
     )
     found = []
     for step in executor:
@@ -295,11 +295,11 @@ def test_memory_stays_flat_over_three_epochs(tmp_path: Path, byte_folder: Path) 
         Encoder.from_folder(byte_folder, images),
         budgets=budgets,
         epochs=4,
-        num_workers=2,
+        num_workers=1,  # with more, one may not have had its largest pack yet
         max_bytes=10_000_000,
         augmentation=None,
     )
-    peaks, num_bytes = np.zeros((4, 3)), 0
+    peaks, num_bytes = np.zeros((4, 2)), 0
     for step in executor:
         num_bytes += sum(batch.pixels.nbytes for batch in step.batches)
         epoch = min(step.state.cursors[0] // len(source), 3)

@@ -1,4 +1,4 @@
-"""Samples longer than a pack: smaller pages, answers in parts, or left out; images are never cut."""
+"""Samples longer than a pack: smaller pages, answers in parts, or left out; never a cut image."""
 
 import pytest
 from hypothesis import given

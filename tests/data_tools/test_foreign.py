@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,23 +14,13 @@ from data_tools.sample import Annotation, Sample
 from data_tools.stream.index import index_shard, iterate_samples, open_index
 from data_tools.stream.records import KIND_JSON, KIND_SAMPLE, KIND_TEXT
 from tests.builders import make_sample
-from tests.data_tools.tars import Members, write_tar
-
-
-def encode(size: tuple[int, int], kind: str = "JPEG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(noise).save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.data_tools.tars import PAGE, Members, encode, write_tar
 
 
 def rotated(size: tuple[int, int]) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(size, exif=exif)
-
-
-PAGE = encode((60, 40))
 
 
 def read_one(tmp_path: Path, members: Members) -> Sample:

@@ -64,13 +64,17 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     plan = Plan.read(folder)
     sources = plan.open_sources(folder)
     planner = plan.planner(sources, plan.first_state(sources))
-    records = []
+    records: list[dict[str, Any]] = []
     while True:
         planner.packs_per_step = PACKS + len(records) % 2
         step = planner.next_step()
         if step is None:
             return records
-        record = {"step": len(records) + 1, "plan_hash": step.plan_hash, "packs": len(step.packs)}
+        record: dict[str, Any] = {
+            "step": len(records) + 1,
+            "plan_hash": step.plan_hash,
+            "packs": len(step.packs),
+        }
         if len(records) % 3 == 2:
             record["state"] = planner.state.to_json()
         records.append(record | {"holes": 0})

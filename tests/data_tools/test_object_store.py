@@ -14,6 +14,7 @@ from data_tools.sample import Sample
 from data_tools.stream import storage
 from data_tools.stream.index import (
     ShardIndex,
+    _stored,
     expand,
     index_path,
     index_shard,
@@ -23,8 +24,7 @@ from data_tools.stream.index import (
 )
 from data_tools.stream.ranges import RangeReader, StorageSettings
 from tests.builders import make_sample, write_shard, write_shards
-from tests.data_tools.tars import members_of, write_tar
-from tests.data_tools.test_foreign import PAGE, encode
+from tests.data_tools.tars import PAGE, encode, members_of, write_tar
 from tests.servers import KINDS, Server, always, every, never, serve_folder, serve_s3
 
 Serve = Callable[..., AbstractContextManager[Server]]
@@ -92,6 +92,18 @@ def test_indexing_reads_headers_not_images(tmp_path: Path) -> None:
         total = sum(int(end) - int(start) + 1 for start, end in spans[:-1])
         size = (tmp_path / "data.tar").stat().st_size
         assert size > 4 * 2_000_000 and total < size / 4
+
+
+def test_a_server_that_ignores_ranges_will_do_with_a_cache(tmp_path: Path, folder: Path) -> None:
+    with serve_folder(folder, faults=always("whole")) as server:
+        urls = [f"{server.url}/{name}" for name in NAMES]
+        assert index_shards(urls, workers=1, index_dir=str(tmp_path)) == urls
+        indexes = [open_index(url, str(tmp_path)) for url in urls]
+        assert all(index.crc32.all() and index.etag for index in indexes)
+        with pytest.raises(StorageError, match="ignores byte ranges"):
+            everything(indexes, RangeReader())
+        cached = RangeReader(StorageSettings(cache_dir=str(tmp_path / "cache")))
+        assert everything(indexes, cached) == samples()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,16 +191,33 @@ def test_an_index_may_come_with_its_shard_from_a_local_folder(tmp_path: Path) ->
 
 
 @both
+def test_an_index_that_is_not_there_may_be_forbidden(tmp_path: Path, serve: Serve) -> None:
+    """Object stores answer 403 for what is missing to those who may not list."""
+    write_shards(tmp_path, [2])
+
+    def fault(method: str, path: str, number: int) -> str:
+        return "403" if path.endswith(".index") and method == "GET" else ""
+
+    with serve(tmp_path, faults=fault) as server:
+        url, folder = f"{server.url}/{NAMES[0]}", str(tmp_path / "indexes")
+        assert _stored(index_path(url)) is None
+        assert index_shard(url, index_dir=folder).read(1) == make_sample(1)
+
+
+@both
 def test_a_replaced_shard_is_noticed(tmp_path: Path, serve: Serve) -> None:
     """Also one of the same size, whose ends are the same: by its ETag."""
     indexes = str(tmp_path / "indexes")
-    write_shards(tmp_path / "data", [3])
+    large = [dataclasses.replace(make_sample(i), image_bytes=(bytes(90_000),)) for i in range(3)]
+    write_shard(tmp_path / "data" / NAMES[0], large)
     with serve(tmp_path / "data") as server:
         url = f"{server.url}/{NAMES[0]}"
         index, reader = open_index(url, indexes), RangeReader()
         assert reader.read(index.byte_range(0))
         content = (tmp_path / "data" / NAMES[0]).read_bytes()
-        changed = content.replace(b'"total":"12.50"', b'"total":"99.99"')
+        start, end = int(index.offset[1]), int(index.offset[2])
+        middle = content[start:end].replace(b'"total":"12.50"', b'"total":"99.99"')
+        changed = content[:start] + middle + content[end:]
         _put(url, tmp_path / "data" / NAMES[0], changed)
         with pytest.raises(ShardChangedError, match=f"{url} was replaced: its ETag is"):
             RangeReader().read(index.byte_range(0))

@@ -124,7 +124,7 @@ def test_faults_that_last_stop_within_the_deadline(folder: Path, kind: str, meth
         url, begin = with_etag(server), time.monotonic()
         with pytest.raises(StorageError, match="no correct answer in .* tries") as caught:
             RangeReader(limits).read_many(pieces(url, VERSION))
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 4
     message = str(caught.value)
     assert url in message and "start the command again" in message and caught.value.exit_code == 70
 
@@ -234,16 +234,10 @@ def test_a_slow_request_gets_a_second_one_beside_it(folder: Path) -> None:
 
 
 def test_a_second_request_that_fails_does_not_spoil_the_first(folder: Path) -> None:
-    def slow_then_500(method: str, path: str, number: int) -> str:
-        if number == 0:
-            time.sleep(0.4)
-        return "500" if number else ""
-
-    with serve(folder, slow_then_500) as server:
-        # The server notes requests under a lock; the second one waits for the first.
+    with serve(folder, lambda method, path, number: "500" if number else "late") as server:
         reader = RangeReader(StorageSettings(hedge_after_s=0.1))
         assert reader.read(ByteRange(f"{server.url}/a.tar", "", 7, 100)) == CONTENT[7:107]
-        assert reader.num_retries == 0
+        assert reader.num_retries == 0 and server.faulted == {"late": 1, "500": 1}
 
 
 def test_local_files_that_are_gone_or_cut_off(folder: Path) -> None:

@@ -97,8 +97,11 @@ def cuts(size: int) -> list[int]:
     return [700, *range(1024, size - 1024, 512), size // 2 + 7]
 
 
-def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path: Path) -> None:
-    whole = Path(write_shards(tmp_path, [3])[0])
+@pytest.mark.parametrize("is_record_first", [False, True])
+def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path: Path, is_record_first: bool) -> None:
+    members = [members_of(make_sample(number)) for number in range(3)]
+    members = [part[::-1] if is_record_first else part for part in members]
+    whole = Path(write_tar(tmp_path / "a.tar", [member for part in members for member in part]))
     data, index = whole.read_bytes(), index_shard(str(whole))
     ends = [int(index.offset[row]) + int(index.size[row]) for row in range(3)]
     cut = tmp_path / "cut.tar"

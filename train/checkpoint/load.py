@@ -135,7 +135,12 @@ def _restore(engine: Any, reader: SliceReader, manifest: Manifest) -> None:
     zero_state.ensure_optimizer_state(engine)
     for part in zero_state.local_parts(engine):
         for kind in KINDS:
-            part.assign(kind, reader.read(f"{kind}|{part.name}", part.start, part.end))
+            key, target = f"{kind}|{part.name}", part.values(kind)
+            if part.is_live and target.device.type == "cpu":
+                reader.read_into(key, part.start, target)
+            else:
+                part.assign(kind, reader.read(key, part.start, part.end))
+        part.refresh()
     zero_state.set_optimizer_steps(engine, manifest.optimizer_steps)
     zero_state.set_group_settings(engine, manifest.groups)
     for counter, value in manifest.counters.items():

@@ -31,7 +31,9 @@ class LocalPart:
         shape: of the whole of it.
         start, end: the flat range.
         values: kind -> (end - start,) float32, the master ("fp32") or a moment, on its device.
+        is_live: those are the engine's own memory, not a copy of it.
         assign: puts such values in their place.
+        refresh: lets the forward compute with a changed master.
     """
 
     name: str
@@ -39,7 +41,9 @@ class LocalPart:
     start: int
     end: int
     values: Callable[[str], torch.Tensor]
+    is_live: bool
     assign: Callable[[str, torch.Tensor], None]
+    refresh: Callable[[], None]
 
 
 def named_parameters(engine: Any) -> dict[str, Any]:
@@ -65,8 +69,11 @@ def local_parts(engine: Any) -> list[LocalPart]:
 
     Call `ensure_optimizer_state` before.
     """
-    make = _partitioned_part if is_partitioned(engine) else _fragment_part
-    found = [make(name, p) for name, p in named_parameters(engine).items() if p.requires_grad]
+    trained = [(name, p) for name, p in named_parameters(engine).items() if p.requires_grad]
+    if is_partitioned(engine):
+        is_live = not engine.zero_offload_optimizer()
+        return [_partitioned_part(name, p, is_live) for name, p in trained]
+    found = [_fragment_part(name, p) for name, p in trained]
     return [part for part in found if part is not None]
 
 
@@ -144,7 +151,7 @@ def set_group_settings(engine: Any, groups: list[dict[str, Any]]) -> None:
             target[key] = tuple(value) if isinstance(value, list) else value
 
 
-def _partitioned_part(name: str, p: Any) -> LocalPart:
+def _partitioned_part(name: str, p: Any, is_live: bool) -> LocalPart:
     """Return the part of a ZeRO-3 parameter: an equal share, the last ranks less or none."""
     from deepspeed.utils import (
         safe_get_local_fp32_param,
@@ -166,11 +173,13 @@ def _partitioned_part(name: str, p: Any) -> LocalPart:
         padded[: len(new)] = new
         if kind == KINDS[0]:
             safe_set_local_fp32_param(p, padded)
-            p.ds_tensor.data.copy_(padded)  # else the forward goes on with the old values
         else:
             safe_set_local_optimizer_state(p, padded, kind)
 
-    return LocalPart(name, list(p.ds_shape), start, end, values, assign)
+    def refresh() -> None:
+        p.ds_tensor.data[: end - start].copy_(values(KINDS[0]))
+
+    return LocalPart(name, list(p.ds_shape), start, end, values, is_live, assign, refresh)
 
 
 def _fragment_part(name: str, p: Any) -> LocalPart | None:
@@ -191,7 +200,8 @@ def _fragment_part(name: str, p: Any) -> LocalPart | None:
         values(kind).copy_(new)
 
     end = start + int(mapping.lp_fragment_address.numel)
-    return LocalPart(name, list(p.shape), start, end, values, assign)
+    # `restoring` refreshes all of them at once.
+    return LocalPart(name, list(p.shape), start, end, values, True, assign, lambda: None)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Parts of `python -m benchmarks.checkpoint`: what runs on ranks and in processes of its own."""

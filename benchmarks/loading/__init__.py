@@ -1,0 +1,1 @@
+"""Parts of the loader benchmark (`python -m benchmarks.loader`)."""
