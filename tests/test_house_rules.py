@@ -58,8 +58,6 @@ def test_no_swallowed_errors_and_no_unnumbered_todo(path: Path) -> None:
 
 PICKLES = {
     "data_tools/stream/wire.py": "messages between a process and its own children, no files",
-    "data_tools/stream/pool.py": "hands its maker to its own children",
-    "data_tools/stream/worker.py": "reads its parent's messages",
     "benchmarks/scale.py": "measures np.load on a file of its own (allow_pickle is off)",
     "train/checkpoint/foreign.py": "reads DeepSpeed's files, weights_only with an allow-list",
 }

@@ -104,9 +104,7 @@ def export(
             f"{out} holds something else than {what} of {stage}; "
             "choose another --out or replace it with --force."
         )
-    name = hashlib.sha256(json.dumps([marker, max_shard_gb]).encode()).hexdigest()[:12]
-    temporary = out.with_name(f".tmp-{out.name}-{name}")
-    temporary.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(out, [marker, max_shard_gb])
     try:
         files = write_weights(temporary, origin, DTYPES[dtype], int(max_shard_gb * 10**9), workers)
         _write_side_files(temporary, stage, config, manifest, marker, out)
@@ -123,6 +121,14 @@ def export(
     _put_in_place(temporary, out)
     print(f"{out}: {what}, {len(files)} weight file(s).", file=sys.stderr)
     return out
+
+
+def _temporary(out: Path, origin: list[Any]) -> Path:
+    """Return the folder in which the same export is written, in this try or an earlier one."""
+    name = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+    temporary = out.with_name(f".tmp-{out.name}-{name}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    return temporary
 
 
 def _find_checkpoints(folder: Path, steps: list[int] | None, average: int) -> tuple[Path, ...]:
