@@ -28,6 +28,10 @@ class DataError(LecternError):
     """A document, shard or index is not what it has to be."""
 
 
+class ChecksumError(DataError):
+    """Bytes are not those that were indexed: damaged on a disk or on their way."""
+
+
 class ShardChangedError(DataError):
     """A shard is no longer what its index describes: replaced or cut off."""
 

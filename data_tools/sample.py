@@ -70,8 +70,8 @@ class Sample:
     def problems(self) -> list[str]:
         """Return every breach of the contract, in words; an empty list if there is none."""
         found = []
-        if not self.key or "." in self.key or "/" in self.key:
-            found.append("the key must be non-empty and hold neither a dot nor a slash")
+        if not self.key or "." in self.key:
+            found.append("the key must be non-empty and hold no dot")
         for number, page in enumerate(self.images):
             if page.width < 1 or page.height < 1:
                 found.append(f"image {number} has size {page.width} x {page.height} px")

@@ -112,9 +112,14 @@ def run(
 
 
 def draw_rows(patterns: Sequence[str], num: int | None, seed: int) -> list[tuple[ShardIndex, int]]:
-    """Return (index, row) of the samples to read, in the order of the shards."""
+    """Return (index, row) of the samples to read, in the order of the shards.
+
+    Those that the index knows to be unusable are passed over.
+    """
     indexes = [open_index(shard) for shard in expand(list(patterns))]
-    rows = [(index, row) for index in indexes for row in range(len(index))]
+    rows = [
+        (index, row) for index in indexes for row in range(len(index)) if row not in index.reasons
+    ]
     if num is None or num >= len(rows):
         return rows
     chosen = np.random.default_rng(seed).choice(len(rows), size=num, replace=False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 from tqdm import tqdm
 
 from data_tools.errors import DataError
@@ -137,7 +138,7 @@ def make_plan(config: Config, lengths_mark: str) -> Plan:
         "data.token_budget, patch_budget": [data.token_budget, data.patches],
         "data.min_chars, max_chars": [data.min_chars, data.max_chars],
         "data.too_long": data.too_long,
-        "data.pixels": data.pixels,
+        "data.pixels, version of Pillow": [data.pixels, PIL.__version__],
         "data.augment": record["data"]["augment"],
         "loss": record["loss"],
     }

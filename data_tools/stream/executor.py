@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_tools.errors import DataError
+from data_tools.errors import ChecksumError, DataError
 from data_tools.examples.augment import Augmentation
 from data_tools.examples.encode import Encoder, Example
 from data_tools.examples.images import decode
@@ -151,8 +151,7 @@ class ExampleMaker:
         except DataError as error:
             place = source.byte_range(planned.sample_id)
             again = data if is_local(place.url) else self._reader.read(place)
-            is_checksum = str(error).endswith("(crc32)")
-            with fault_of("checksum" if is_checksum else "record"):
+            with fault_of("checksum" if isinstance(error, ChecksumError) else "record"):
                 if again == data:
                     raise
                 return source.parse(planned.sample_id, again)

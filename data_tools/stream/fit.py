@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from data_tools.examples.encode import CONTEXT, ImageSettings, part_of_answer
+from data_tools.examples.encode import CONTEXT, FULL_SCALE, ImageSettings, part_of_answer
 from data_tools.examples.images import num_visual_tokens
 
-FULL_SCALE = 1000
 MIN_SCALE = 600  # of 1000 along each side: below that, small print is no longer legible
 SCALE_STEP = 5
 MIN_WINDOW = 4 * CONTEXT  # label tokens of a window, or the repeated context is the larger part

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-import fsspec
 import numpy as np
 from safetensors.numpy import load, save
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from data_tools.stream.index import (
     index_shards,
     open_index,
 )
+from data_tools.stream.remote import call, exists
 
 LENGTHS_VERSION = 4
 CHUNK = 500  # samples of one unit of parallel work
@@ -95,7 +95,7 @@ def make_lengths(
     """
     encoder = Encoder.from_folder(folder, images)
     mark = fingerprint(encoder, recipe)
-    missing = [shard for shard in shards if not _exists(_cache_path(shard, mark, index_dir))]
+    missing = [shard for shard in shards if not exists(_cache_path(shard, mark, index_dir))]
     if not missing:
         return
     index_shards(missing, workers=max(num_workers, 1), index_dir=index_dir)
@@ -124,8 +124,7 @@ def read_lengths(index: ShardIndex, mark: str, index_dir: str | None = None) -> 
         ShardChangedError: if they were measured on another version of the shard.
     """
     path = _cache_path(index.path, mark, index_dir)
-    with fsspec.open(path, "rb") as file:
-        columns = load(file.read())
+    columns = load(call(path, lambda filesystem, inner: filesystem.cat_file(inner)))
     if bytes(columns.pop("shard")).decode() != index.identity:
         raise ShardChangedError(f"{path} was measured on another version of this shard; delete it")
     reasons = json.loads(bytes(columns.pop("reasons")))
@@ -262,8 +261,3 @@ def _num_answers(sample: Sample) -> int:
 
 def _cache_path(shard: str, mark: str, index_dir: str | None) -> str:
     return beside(shard, f".lengths-{mark}", index_dir)
-
-
-def _exists(path: str) -> bool:
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return bool(filesystem.exists(inner))

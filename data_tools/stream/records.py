@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from data_tools.errors import DataError, ShardChangedError
+from data_tools.errors import ChecksumError, DataError, ShardChangedError
 from data_tools.sample import Sample
 from data_tools.stream.foreign import json_sample, text_sample
 
@@ -37,12 +37,13 @@ def parse_sample(
 
     Raises:
         ShardChangedError: if the shard does not hold this sample where its index says.
-        DataError: if the bytes are not those that were indexed, or make no sample.
+        ChecksumError: if the bytes are not those that were indexed.
+        DataError: if they make no sample.
     """
     if crc32 == 0 or zlib.crc32(data) != crc32:
         check_header(key, [json_start, *(start for start, *_ in images)], data)
         if crc32:
-            raise DataError(f'sample "{key}": bytes differ from the index (crc32)')
+            raise ChecksumError(f'sample "{key}": bytes differ from the index (crc32)')
     image_bytes = tuple(data[start : start + size] for start, size, *_ in images)
     return parse_record(key, kind, data[json_start : json_start + json_size], images, image_bytes)
 

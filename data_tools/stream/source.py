@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_tools.examples.encode import FULL_SCALE
 from data_tools.examples.tasks import Recipe
 from data_tools.sample import Sample
 from data_tools.stream.catalogue import Generation
 from data_tools.stream.columns import open_columns
 from data_tools.stream.fit import (
-    FULL_SCALE,
     PATCHES_PER_VISUAL_TOKEN,
     Fit,
     window_tokens,

@@ -4,11 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.examples.encode import CONTEXT, ImageSettings, part_of_answer
+from data_tools.examples.encode import CONTEXT, FULL_SCALE, ImageSettings, part_of_answer
 from data_tools.examples.images import num_visual_tokens
 from data_tools.examples.preprocess import LineStrip
 from data_tools.stream.fit import (
-    FULL_SCALE,
     MIN_SCALE,
     Budgets,
     Fit,

@@ -86,7 +86,7 @@ def test_the_last_column_and_row_are_inside() -> None:
     Sample("k", (PageImage("a", 10, 20),), (Annotation("x", (9, 19, 10, 20)),)).validate()
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "a/b"])
+@pytest.mark.parametrize("key", ["", "a.b"])
 def test_bad_keys_are_named(key: str) -> None:
     with pytest.raises(DataError, match="key must be non-empty"):
         Sample(key, ()).validate()

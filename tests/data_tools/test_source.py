@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.examples.encode import ImageSettings
+from data_tools.examples.encode import FULL_SCALE, ImageSettings
 from data_tools.examples.tasks import Recipe
 from data_tools.stream import source as source_module
-from data_tools.stream.fit import FULL_SCALE, Budgets
+from data_tools.stream.fit import Budgets
 from data_tools.stream.index import open_index
 from data_tools.stream.planner import DataState, PlannedSample, Planner
 from data_tools.stream.ranges import RangeReader
