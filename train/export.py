@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from train.checkpoint.weights import Origin, TrainedWeights, average_shares
 from train.model_card import model_card
 from train.modeling.names import hub_name
 from train.status import read_status
+
+Files = dict[str, dict[str, str]]  # file name -> hub name -> sha256 of the tensor's bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MARKER_FILE = "export.json"
@@ -96,39 +99,68 @@ def export(
     manifest = read_manifest(checkpoints[-1])
     marker = _marker(checkpoints, origin, dtype)
     what = f"step {', '.join(map(str, marker['steps']))} in {dtype}"
-    if _is_done(out, marker):
-        print(f"{out} is done already ({what}).", file=sys.stderr)
-        return out
-    if not force and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            f"{out} holds something else than {what} of {stage}; "
-            "choose another --out or replace it with --force."
-        )
-    temporary = _temporary(out, [marker, max_shard_gb])
-    try:
-        files = write_weights(temporary, origin, DTYPES[dtype], int(max_shard_gb * 10**9), workers)
-        _write_side_files(temporary, stage, config, manifest, marker, out)
+
+    def fill(folder: Path) -> Files:
+        files = write_weights(folder, origin, DTYPES[dtype], int(max_shard_gb * 10**9), workers)
+        _write_side_files(folder, stage, config, manifest, marker, out)
         shapes = TrainedWeights(origin).shapes()
-        check_weights(temporary, shapes, DTYPES[dtype], files, workers)
+        check_weights(folder, shapes, DTYPES[dtype], files, workers)
+        return files
+
+    about = {"stage": str(stage)}
+    return build_folder(out, marker, about, f"{what} of {stage}", fill, max_shard_gb, force)
+
+
+def build_folder(
+    out: Path,
+    marker: dict[str, Any],
+    about: dict[str, Any],
+    what: str,
+    fill: Callable[[Path], Files],
+    max_shard_gb: float,
+    force: bool,
+) -> Path:
+    """Make a Hugging Face folder that is complete or not there at all; return it.
+
+    Args:
+        out: the new folder.
+        marker: what it is made of, with its `dtype`; a folder with the same marker is done.
+        about: more for the marker's file.
+        what: the same in words.
+        fill: writes everything into a folder and returns `write_weights`' table. An earlier try
+            that was interrupted may have left finished weight files there.
+        max_shard_gb: largest weight file, in 10^9 bytes.
+        force: replace what `out` holds.
+
+    Raises:
+        CheckpointError: from `fill`, or if `out` holds something else, or transformers loads the
+            folder differently.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if _is_done(out, marker):
+            print(f"{out} is done already ({what}).", file=sys.stderr)
+            return out
+        if not force:
+            raise CheckpointError(
+                f"{out} holds something else than {what}; "
+                "choose another --out or replace it with --force."
+            )
+    name = hashlib.sha256(json.dumps([marker, max_shard_gb]).encode()).hexdigest()[:12]
+    temporary = out.with_name(f".tmp-{out.name}-{name}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        files = fill(temporary)
         if sum((temporary / file).stat().st_size for file in files) < RELOAD_LIMIT_BYTES:
-            _check_by_loading(temporary, DTYPES[dtype], list(files))
+            _check_by_loading(temporary, DTYPES[marker["dtype"]], list(files))
     except LecternError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    text = json.dumps({**marker, "stage": str(stage), "files": files}, indent=2)
+    text = json.dumps({**marker, **about, "files": files}, indent=2)
     write_text(temporary / MARKER_FILE, text + "\n")
     fsync_folder(temporary)
     _put_in_place(temporary, out)
     print(f"{out}: {what}, {len(files)} weight file(s).", file=sys.stderr)
     return out
-
-
-def _temporary(out: Path, origin: list[Any]) -> Path:
-    """Return the folder in which the same export is written, in this try or an earlier one."""
-    name = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
-    temporary = out.with_name(f".tmp-{out.name}-{name}")
-    temporary.mkdir(parents=True, exist_ok=True)
-    return temporary
 
 
 def _find_checkpoints(folder: Path, steps: list[int] | None, average: int) -> tuple[Path, ...]:
@@ -191,16 +223,21 @@ def _origin(
 ) -> Origin:
     model = config["model"]
     folder = Path(model["path"])
-    settings = _read_json(folder / "config.json")
-    nested = settings.get("text_config", {}).get("tie_word_embeddings", False)
     adapter = model.get("adapter")
     return Origin(
         checkpoints,
         shares,
         base=None if model.get("init") == "scratch" else folder,
-        tied=settings.get("tie_word_embeddings", False) or nested,
+        tied=is_tied(folder),
         adapter_scale=adapter["alpha"] / adapter["rank"] if adapter else None,
     )
+
+
+def is_tied(folder: Path) -> bool:
+    """Tell whether a model folder's head is its embedding, so that no file holds it."""
+    settings = _read_json(folder / "config.json")
+    nested = settings.get("text_config", {}).get("tie_word_embeddings", False)
+    return bool(settings.get("tie_word_embeddings", False) or nested)
 
 
 def _is_done(out: Path, marker: dict[str, Any]) -> bool:
@@ -237,21 +274,26 @@ def _write_side_files(
     from train.config import reader_settings
 
     base = Path(config["model"]["path"])
-    for pattern in COPIED:
-        for path in base.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    copy_base_files(base, folder, DTYPES[marker["dtype"]])
     reader = reader_settings(config)
     if Path(reader["template"]).is_file():  # the user's own: the folder must be readable elsewhere
         shutil.copyfile(reader["template"], folder / TEMPLATE_FILE)
         reader["template"] = TEMPLATE_FILE
     if (folder / PREPROCESSOR_FILE).exists():
         _set_pixel_limits(folder / PREPROCESSOR_FILE, reader["min_pixels"], reader["max_pixels"])
-    settings = _read_json(base / "config.json")
-    _set_dtype(settings, str(DTYPES[marker["dtype"]]).removeprefix("torch."))
-    _write_json(folder / "config.json", settings)
     _write_json(folder / READER_FILE, reader)
     write_text(folder / "README.md", model_card(stage, config, manifest, marker, out.name))
+
+
+def copy_base_files(base: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy settings, tokenizer and processor of a model folder; config.json names `dtype`."""
+    for pattern in COPIED:
+        for path in base.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    settings = _read_json(base / "config.json")
+    _set_dtype(settings, str(dtype).removeprefix("torch."))
+    _write_json(folder / "config.json", settings)
 
 
 def _set_dtype(settings: dict[str, Any], name: str) -> None:
