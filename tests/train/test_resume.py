@@ -1,10 +1,12 @@
 """Going on after an end: the same samples, the same decisions, or a refusal."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_tools import ledger
 from tests.builders import run_record, write_run
 from tests.harness import run_ranks
 from tests.train.trainers import losses_of, run_to_end, start
@@ -25,9 +27,20 @@ def test_resume_on_another_world_size_sees_the_same_samples(
         for name in ("whole", "half")
     ]
     assert plans[0] == plans[1]
+    seen = [keys_of_steps(tmp_path / name / "stage2") for name in ("whole", "half")]
+    assert seen[0] == seen[1] and len(seen[0]) == 6
+    assert max(sample["epoch"] for step in seen[0] for pack in step for sample in pack) > 1
     assert losses_of(tmp_path / "half" / "stage2") == pytest.approx(
         losses_of(tmp_path / "whole" / "stage2"), rel=1e-5
     )
+
+
+def keys_of_steps(stage: Path) -> list[list[list[dict[str, Any]]]]:
+    """Return the packs of every step as the ledger makes them from the run's files."""
+    path = stage / "seen.jsonl"
+    assert ledger.main([str(stage), "--out", str(path)]) == 0
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["packs"] for line in lines]
 
 
 def test_resume_with_other_data_settings_is_refused(
