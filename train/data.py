@@ -78,9 +78,14 @@ def prepare(config: Config, shards: Shards, saved: DataState | None = None) -> N
 
     Raises:
         DataError: if the data is not usable, or shards of the interrupted run are gone.
+        CheckpointError: if the interrupted run had other data settings.
     """
     images, recipe = image_settings(config), recipe_of(config)
     data = config.data
+    mark = fingerprint(Encoder.from_folder(config.model.path, images), recipe)
+    plan = make_plan(config, mark)
+    if saved is not None:
+        plan.check_settings(saved)  # before the run's catalogues are made anew with others
     make_lengths(
         shards.all,
         config.model.path,
@@ -89,7 +94,6 @@ def prepare(config: Config, shards: Shards, saved: DataState | None = None) -> N
         num_workers=data.index_workers,
         index_dir=data.index_dir,
     )
-    mark = fingerprint(Encoder.from_folder(config.model.path, images), recipe)
     budgets = Budgets(data.token_budget, data.patches)
     everything = Selection(budgets, too_long=tuple(data.too_long))
     selection = replace(
@@ -98,7 +102,6 @@ def prepare(config: Config, shards: Shards, saved: DataState | None = None) -> N
         max_chars=data.max_chars,
         max_damaged_share=data.max_hole_share,
     )
-    plan = make_plan(config, mark)
     for number, part in enumerate(shards.train):
         path = config.folder / plan.catalogues[number]
         make_catalogue(
@@ -187,8 +190,8 @@ class DataPath:
         return self.plan.first_state(self.sources)
 
     def epoch(self, state: DataState) -> float:
-        """Return how many epochs have been drawn."""
-        return sum(state.cursors) / self.num_samples
+        """Return how many epochs have been seen; what waits to be packed has not."""
+        return max(0, sum(state.cursors) - len(state.window)) / self.num_samples
 
     def maker(self, sources: list[Source], layout: ModelLayout, augment: bool) -> ExampleMaker:
         """Return what makes batches of the packs of some sources."""
@@ -263,20 +266,20 @@ def fit_prior(config: Config, plan: Plan) -> None:
     if section is None:
         return
     sources = plan.open_sources(config.folder)
-    # Shards that join later do not move the weights of a run.
+    # Shards that join later do not move the weights of a run: they are not counted.
     identity = [plan.settings, [source.generations[0].digest for source in sources]]
     path = config.folder / CHARACTERS_FILE
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["made_of"] == identity:
         return
     encoder = Encoder.from_folder(config.model.path, image_settings(config))
     reader = RangeReader(storage_settings(config))
-    total = 2 * sum(len(source) for source in sources)
+    total = 2 * sum(len(source.begun_with) for source in sources)
     bar = tqdm(total=total, desc="counting characters", unit="sample", disable=None)
 
     def conversations() -> Iterator[tuple[Conversation, float]]:
         """Yield every label of the data with the share in which the recipe asks for it."""
         for source in sources:
-            for sample_id in source.used.tolist():
+            for sample_id in source.begun_with.tolist():
                 bar.update(1)
                 sample = source.read_record(sample_id, reader)
                 for template, share in zip(

@@ -14,7 +14,8 @@ from train.ranks import find_ranks
 from train.shards import Shards
 from train.stages import estimate_steps
 
-TRAINED_BYTES = 16  # fp32 weight, AdamW's two moments and the gradient, per trained parameter
+OPTIMIZER_BYTES = 12  # float32 weight and AdamW's two moments, per trained parameter
+GRADIENT_BYTES = 4  # accumulated in float32
 
 
 def dry_run(config: Config, shards: Shards) -> None:
@@ -49,13 +50,32 @@ def _describe_model(config: Config, world_size: int) -> list[str]:
         f"  {part}: {_millions(size)} parameters, {_millions(active)} trained"
         for part, (size, active) in parts.items()
     ]
-    width = 2 if config.parallel.precision == "bf16" else 4
-    state = total * width + trained * TRAINED_BYTES
+    a_rank = state_bytes(config, total, trained, world_size)
     lines.append(
-        f"state under ZeRO-3: {state / 1e9:.2f} GB in all, {state / world_size / 1e9:.2f} GB a "
-        f"rank at world size {world_size}; activations come on top"
+        f"state under ZeRO-{config.parallel.zero_stage}: {a_rank / 1e9:.2f} GB a rank at world "
+        f"size {world_size}; activations come on top"
     )
     return [f"model {Path(config.model.path)}: {_millions(total)} parameters", *lines]
+
+
+def state_bytes(config: Config, total: int, trained: int, world_size: int) -> float:
+    """Return the bytes of weights, gradients and optimizer state on one rank.
+
+    Args:
+        config: precision and ZeRO stage; ZeRO-1 partitions the optimizer, 2 gradients as well, 3
+            weights as well (Rajbhandari et al. 2020).
+        total: parameters.
+        trained: of them.
+        world_size: ranks.
+    """
+    stage = config.parallel.zero_stage
+    weights = total * (2 if config.parallel.precision == "bf16" else 4)
+    optimizer, gradients = trained * OPTIMIZER_BYTES, trained * GRADIENT_BYTES
+    return (
+        weights / (world_size if stage == 3 else 1)
+        + gradients / (world_size if stage >= 2 else 1)
+        + optimizer / world_size
+    )
 
 
 def _millions(count: int) -> str:

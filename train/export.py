@@ -43,7 +43,6 @@ from train.modeling.names import hub_name
 from train.status import read_status
 
 Files = dict[str, dict[str, str]]  # file name -> hub name -> sha256 of the tensor's bytes
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MARKER_FILE = "export.json"
 TEMPLATE_FILE = "template.yaml"
@@ -136,18 +135,15 @@ def build_folder(
         CheckpointError: from `fill`, or if `out` holds something else, or transformers loads the
             folder differently.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if _is_done(out, marker):
-            print(f"{out} is done already ({what}).", file=sys.stderr)
-            return out
-        if not force:
-            raise CheckpointError(
-                f"{out} holds something else than {what}; "
-                "choose another --out or replace it with --force."
-            )
-    name = hashlib.sha256(json.dumps([marker, max_shard_gb]).encode()).hexdigest()[:12]
-    temporary = out.with_name(f".tmp-{out.name}-{name}")
-    temporary.mkdir(parents=True, exist_ok=True)
+    if _is_done(out, marker):
+        print(f"{out} is done already ({what}).", file=sys.stderr)
+        return out
+    if not force and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(
+            f"{out} holds something else than {what}; "
+            "choose another --out or replace it with --force."
+        )
+    temporary = _temporary(out, [marker, max_shard_gb])
     try:
         files = fill(temporary)
         if sum((temporary / file).stat().st_size for file in files) < RELOAD_LIMIT_BYTES:
@@ -161,6 +157,14 @@ def build_folder(
     _put_in_place(temporary, out)
     print(f"{out}: {what}, {len(files)} weight file(s).", file=sys.stderr)
     return out
+
+
+def _temporary(out: Path, origin: list[Any]) -> Path:
+    """Return the folder in which the same export is written, in this try or an earlier one."""
+    name = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+    temporary = out.with_name(f".tmp-{out.name}-{name}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    return temporary
 
 
 def _find_checkpoints(folder: Path, steps: list[int] | None, average: int) -> tuple[Path, ...]:

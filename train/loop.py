@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_tools import errors
 from data_tools.errors import (
     EXIT_AGAIN,
     EXIT_DONE,
@@ -95,12 +96,13 @@ def prepare_data(config: Config, shards: Shards, ranks: Ranks, checkpoint: Path 
                 saved = DataState.from_json(read_manifest(checkpoint).state["data"])
             prepare(config, shards, saved)
         except LecternError as error:
-            failure = [error.exit_code, str(error)]
+            failure = [type(error).__name__, error.exit_code, str(error)]
     failures = [found for found in gather_json(failure, patient) if found]
     dist.destroy_process_group(patient)
     if failures:
-        stop = DataError(failures[0][1])
-        stop.exit_code = failures[0][0]
+        name, exit_code, message = failures[0]
+        stop: LecternError = getattr(errors, name, DataError)(message)
+        stop.exit_code = exit_code
         raise stop
     data = open_data(config)
     if ranks.is_main:
@@ -175,6 +177,7 @@ class Trainer:
             start_step=self.step,
             total_steps=self.total_steps,
         )
+        self.monitor.status(best_step=self.stopping.best_step)
 
     def run(self) -> int:
         """Train to the end of the stage, or to a signal; return the exit code."""
@@ -304,6 +307,7 @@ class Trainer:
         self.monitor.pages(self.step, pages[: self.config.monitor.num_images])
         self.monitor.status(
             metrics={name: round(value, 5) for name, value in found.scalars().items()},
+            metrics_step=self.step,
             best_step=self.stopping.best_step,
         )
         if self.stopping.is_over and self.ranks.is_main:

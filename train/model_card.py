@@ -25,12 +25,17 @@ Qwen2.5-VL trained with Lectern to read documents: `{stage}`, {steps}, started f
 | | |
 | --- | --- |
 | unit | {unit} |
-| question | {question} |
 | page size | {min_pixels} to {max_pixels} pixels, sides of multiples of 28 |
 | page transforms | {transforms} |
 | data | {data} |
 | fingerprint of the data settings | {fingerprint} |
 | data seen | {seen} |
+
+The question that the model was asked in training, word for word:
+
+```text
+{question}
+```
 """
 
 USE = """## Read documents
@@ -49,7 +54,12 @@ model = Qwen2_5_VLForConditionalGeneration.from_pretrained("{name}", dtype="auto
 processor = AutoProcessor.from_pretrained("{name}")  # needs torchvision
 ```
 
+`generate` then applies the base model's `generation_config.json`; the metrics were measured by
+greedy decoding without a repetition penalty (`do_sample=False, repetition_penalty=1.0`).
+
 ## Serve with vLLM
+
+From the folder that holds `{name}`:
 
 ```bash
 vllm serve {name} --limit-mm-per-prompt '{{"image": 4}}' \\
@@ -60,7 +70,7 @@ vllm serve {name} --limit-mm-per-prompt '{{"image": 4}}' \\
 curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'
 ```
 
-Replace the data URL by one of your page, and ask the question of the table above.{warning}
+Replace the data URL by one of your page, and ask the question above.{warning}
 vLLM was not run by the export; names and files are those of the published model.
 """
 
@@ -91,7 +101,7 @@ def model_card(
         "dtype": marker["dtype"],
         "libraries": ", ".join(f"{lib} {number}" for lib, number in manifest.versions.items()),
         "unit": task["unit"],
-        "question": f"`{question}`" if question else "none: the image alone",
+        "question": question or "(none: the image alone)",
         "transforms": ", ".join(transforms) or "none",
         **_data_rows(config, manifest),
         **limits,
@@ -108,7 +118,7 @@ def model_card(
     settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip()
     parts = [
         HEAD.format(**about),
-        _metrics(stage),
+        _metrics(stage, marker["steps"]),
         use,
         f"## Configuration\n\n```yaml\n{settings}\n```\n",
     ]
@@ -147,28 +157,43 @@ def _request(name: str, question: str) -> str:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
     content = [image, {"type": "text", "text": question}] if question else [image]
     messages = [{"role": "user", "content": content}]
-    request = {"model": name, "messages": messages, "temperature": 0}
+    # vLLM would take a repetition penalty from the published generation_config.json.
+    request = {"model": name, "messages": messages, "temperature": 0, "repetition_penalty": 1.0}
     return json.dumps(request, ensure_ascii=False).replace("'", "'\\''")
 
 
-def _metrics(stage: Path) -> str:
-    """Return the table of the last validation, or "" where there was none."""
-    try:
-        metrics = json.loads((stage / "status.json").read_text(encoding="utf-8")).get("metrics")
-    except (OSError, ValueError):
-        return ""
-    rows = [
-        f"| {k} | {v} |" for k, v in (metrics or {}).items() if isinstance(v, int | float | str)
-    ]
+def _metrics(stage: Path, steps: list[int]) -> str:
+    """Return the table of the validation of these weights, or of the last one; "" without any."""
+    found = _validation_of(stage / "log.jsonl", steps[0]) if len(steps) == 1 else {}
+    note = ""
+    if not found:
+        try:
+            status = json.loads((stage / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        found, step = status.get("metrics") or {}, status.get("metrics_step")
+        if step is not None and [step] != steps:
+            note = f"Measured at step {step} of the training, not with these weights.\n"
+    rows = [f"| {k} | {v} |" for k, v in found.items() if isinstance(v, int | float | str)]
     if not rows:
         return ""
-    return "\n".join(
-        [
-            "## Metrics on the validation sample",
-            "",
-            "| metric | value |",
-            "| --- | --- |",
-            *rows,
-            "",
-        ]
-    )
+    head = ["## Metrics on the validation sample", "", *([note] if note else [])]
+    return "\n".join([*head, "| metric | value |", "| --- | --- |", *rows, ""])
+
+
+def _validation_of(log: Path, step: int) -> dict[str, Any]:
+    """Return what the log of a stage says of the validation at a step."""
+    found: dict[str, Any] = {}
+    if not log.is_file():
+        return found
+    with log.open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"validation/' not in line:
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:  # it is being written
+                continue
+            if record.get("step") == step:
+                found |= {k: round(v, 5) for k, v in record.items() if k.startswith("validation/")}
+    return found

@@ -1,16 +1,21 @@
 """What a run shows while it runs: TensorBoard, a progress bar or log lines, and the run's files.
 
 Everything that other programs need to know of a run is read from these files. They are written by
-rank 0; on resume they are cut at the resumed step, so that no step is told twice.
+rank 0; on resume they are cut at the resumed step, so that no step is told twice. A full disk costs
+what would have been written, not the run.
 """
 
+import errno
 import json
 import logging
+import math
 import os
 import socket
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,7 @@ class Monitor:
     def __init__(self, folder: Path, *, is_main: bool, start_step: int, total_steps: int) -> None:
         self._folder, self._is_main, self._total = folder, is_main, total_steps
         self._status: dict[str, Any] = {}
+        self._is_disk_told = False
         if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -49,7 +55,10 @@ class Monitor:
             unit="step",
             disable=not sys.stderr.isatty(),
         )
-        restarts = read_status(folder).get("restarts", -1) + 1
+        before = read_status(folder)
+        restarts = before.get("restarts", -1) + 1
+        if before.get("metrics_step", math.inf) <= start_step:
+            self._status = {k: before[k] for k in ("metrics", "metrics_step") if k in before}
         self.status(state="running", step=start_step, restarts=restarts, host=socket.gethostname())
 
     def step(self, step: int, planned: Step, holes: list[dict]) -> None:
@@ -64,9 +73,11 @@ class Monitor:
         }
         if step % STATE_EVERY_STEPS == 0:
             record["state"] = planned.state.to_json()
-        self._append("data.jsonl", record)
+        with self._spared():
+            self._append("data.jsonl", record)
         for hole in holes:
-            self._append("faults.jsonl", {"step": step} | hole)
+            with self._spared():
+                self._append("faults.jsonl", {"step": step} | hole)
             logger.warning("step %d: left out %s", step, hole["reason"])
         self._bar.update(1)
 
@@ -74,9 +85,11 @@ class Monitor:
         """Write values to TensorBoard and log.jsonl, and one line for people."""
         if not self._is_main:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._append("log.jsonl", {"step": step, "time": round(time.time(), 3)} | values)
+        with self._spared():
+            self._append("log.jsonl", {"step": step, "time": round(time.time(), 3)} | values)
+        with self._spared():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         self._say(line)
 
     def pages(self, step: int, pages: list[tuple[str, np.ndarray, str, str]]) -> None:
@@ -85,10 +98,12 @@ class Monitor:
             return
         for number, (key, image, prediction, truth) in enumerate(pages):
             picture = caption(image, [f"read: {prediction}", f"true: {truth}"])
-            self._board.add_image(f"validation/{number}", picture, step, dataformats="HWC")
             text = f"**{key}**\n\nread:\n\n    {_block(prediction)}\n\ntrue:\n\n    {_block(truth)}"
-            self._board.add_text(f"validation/{number}", text, step)
-        self._board.flush()
+            with self._spared():
+                self._board.add_image(f"validation/{number}", picture, step, dataformats="HWC")
+                self._board.add_text(f"validation/{number}", text, step)
+        with self._spared():
+            self._board.flush()
 
     def status(self, **changes: Any) -> None:
         """Replace status.json atomically, with some of its values changed."""
@@ -96,14 +111,16 @@ class Monitor:
             return
         self._status |= changes | {"total_steps": self._total, "time": round(time.time(), 3)}
         temporary = self._folder / "status.json.tmp"
-        temporary.write_text(json.dumps(self._status, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self._folder / "status.json")
+        with self._spared():
+            temporary.write_text(json.dumps(self._status, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, self._folder / "status.json")
 
     def close(self) -> None:
         """Flush everything."""
         if self._is_main:
             self._bar.close()
-            self._board.close()
+            with self._spared():
+                self._board.close()
 
     def _say(self, line: str) -> None:
         if self._bar.disable:
@@ -112,8 +129,26 @@ class Monitor:
             self._bar.write(line, file=sys.stderr)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with open(self._folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        data = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
+        with open(self._folder / name, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(data) != len(data):  # the next line would continue half of this one
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Let training go on where the folder cannot be written to; told once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_disk_told:
+                logger.error(
+                    "%s cannot be written (%s): training goes on, with gaps in its log and status",
+                    self._folder,
+                    error,
+                )
+            self._is_disk_told = True
 
 
 def cut_after(path: Path, step: int) -> None:

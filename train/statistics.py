@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 
 from data_tools.stream.collate import Batch
+from train.checkpoint.zero_state import is_partitioned
 from train.modeling.loss import LossOutput
 from train.modeling.names import module_group
 from train.ranks import Ranks
@@ -101,8 +102,11 @@ class StepStatistics:
 def gradient_norms(engine: Any) -> dict[str, float]:
     """Return the gradient norm of each part of the model, between backward and step.
 
-    A collective: every rank adds up the squares of its slices.
+    A collective: every rank adds up the squares of its slices. Nothing under ZeRO-1 and 2, which
+    reduce gradients inside the step.
     """
+    if not is_partitioned(engine):
+        return {}
     squares: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.model.named_parameters():
         if not parameter.requires_grad:

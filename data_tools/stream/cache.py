@@ -103,7 +103,7 @@ class ShardCache:
         except OSError as error:
             raise StorageError(
                 f"{self.folder}: no copy of {url} can be written ({error.strerror or error}); make "
-                "room there, or lower data.storage.cache_bytes"
+                "room there, or lower data.storage.cache_gb"
             ) from error
         finally:
             os.close(descriptor)
@@ -149,7 +149,7 @@ class ShardCache:
             self._is_told = True
             logger.warning(
                 "%s was copied to %s, removed for want of room and copied again: raise "
-                "data.storage.cache_bytes so that 128 shards of every source find room",
+                "data.storage.cache_gb so that 128 shards of every source find room",
                 url,
                 self.folder,
             )

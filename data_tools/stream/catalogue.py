@@ -117,7 +117,8 @@ def make_catalogue(
     before = _history(path) if next_epoch is not None else []
     order, generations = _grow(before, indexes, next_epoch or 0)
     settings = _digest([mark, recipe.to_json(), repr(selection), index_dir])
-    if _is_made(path, settings, generations):
+    places = [_place(indexes[shard]) for shard in order]
+    if _is_made(path, settings, places, generations):
         return
     joined = Joined(
         [indexes[shard] for shard in order],
@@ -129,7 +130,7 @@ def make_catalogue(
     metadata = {
         "version": CATALOGUE_VERSION,
         "settings": settings,
-        "shards": json.dumps([[i.path, i.identity, i.version, i.damage] for i in joined.indexes]),
+        "shards": json.dumps(places),
         "generations": json.dumps([vars(generation) for generation in generations]),
         "recipe": json.dumps(recipe.to_json()),
         "left_out": json.dumps(left_out),
@@ -158,9 +159,12 @@ def _grow(
     generations = list(before[0][2]) if before else []
     order = known + [shard for shard in indexes if shard not in set(known)]
     if len(order) > len(known):
-        digest = _digest([indexes[shard].identity for shard in order])
         # One that has not begun yet stays in the list: a checkpoint may name its digest.
         first_epoch = max(next_epoch, generations[-1].first_epoch) if generations else 0
+        # Cursors count the draws of epochs that grew, so what tells two of them apart is not the
+        # shards alone but when each joined.
+        joined = [[g.first_epoch, g.num_shards] for g in generations] + [[first_epoch, len(order)]]
+        digest = _digest([joined, [indexes[shard].identity for shard in order]])
         generations.append(Generation(first_epoch, len(order), digest))
     return order, generations
 
@@ -174,15 +178,23 @@ def _history(path: Path) -> list[tuple[str, str, list[Generation]]]:
     return [(shard, mark, generations) for shard, mark, *_ in json.loads(metadata["shards"])]
 
 
-def _is_made(path: Path, settings: str, generations: list[Generation]) -> bool:
+def _is_made(
+    path: Path, settings: str, places: list[list[str]], generations: list[Generation]
+) -> bool:
     if not path.exists():
         return False
     _, metadata = open_columns(path)
     return (
         metadata.get("version") == CATALOGUE_VERSION
         and metadata["settings"] == settings
+        and json.loads(metadata["shards"]) == places
         and json.loads(metadata["generations"]) == [vars(g) for g in generations]
     )
+
+
+def _place(index: ShardIndex) -> list[str]:
+    """Return what the catalogue says of a shard (`source.ShardName`)."""
+    return [index.path, index.identity, index.version, index.damage]
 
 
 def _select(joined: Joined, recipe: Recipe, images: ImageSettings, selection: Selection) -> None:

@@ -19,6 +19,10 @@ from data_tools.stream.source import Source
 PLAN_FILE = "plan.json"
 DATA_FOLDER = "data"
 PLAN_VERSION = 1
+_OTHER_SETTINGS = (
+    "the checkpoint was made with other data settings: {}. What follows would not be what was "
+    "planned: use the old settings, or a fresh run.dir"
+)
 
 
 @dataclass(frozen=True)
@@ -101,26 +105,32 @@ class Plan:
         Raises:
             CheckpointError: naming every setting or source that is no longer what it was.
         """
+        self.check_settings(state)
+        names = [
+            f"the shards of data.train.{number}"
+            for number, source in enumerate(sources)
+            if not source.continues(state.shards[number], state.cursors[number])
+        ]
+        if names:
+            raise CheckpointError(_OTHER_SETTINGS.format(", ".join(names)))
+        digests = tuple(source.digest for source in sources)
+        return DataState(self.settings, digests, state.cursors, state.step, state.window)
+
+    def check_settings(self, state: DataState) -> None:
+        """Check that a state belongs to this plan, as far as that can be told without its shards.
+
+        Raises:
+            CheckpointError: naming every setting that is no longer what it was.
+        """
         names = sorted(
             name
             for name in self.settings.keys() | state.settings.keys()
             if self.settings.get(name) != state.settings.get(name)
         )
-        if len(state.shards) != len(sources):
-            names.append(f"data.train ({len(state.shards)} sources, now {len(sources)})")
-        else:
-            names += [
-                f"the shards of data.train.{number}"
-                for number, (digest, source) in enumerate(zip(state.shards, sources, strict=True))
-                if digest not in [generation.digest for generation in source.generations]
-            ]
+        if len(state.shards) != len(self.catalogues):
+            names.append(f"data.train ({len(state.shards)} sources, now {len(self.catalogues)})")
         if names:
-            raise CheckpointError(
-                f"the checkpoint was made with other data settings: {', '.join(names)}. What "
-                "follows would not be what was planned: use the old settings, or a fresh run.dir"
-            )
-        digests = tuple(source.digest for source in sources)
-        return DataState(self.settings, digests, state.cursors, state.step, state.window)
+            raise CheckpointError(_OTHER_SETTINGS.format(", ".join(names)))
 
 
 def digests(values: Mapping[str, Any]) -> dict[str, str]:

@@ -77,7 +77,7 @@ def connect(url: str, settings: StorageSettings | None = None) -> tuple[Any, str
         return _filesystems[key], _filesystems[key]._strip_protocol(url)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        how = f"pip install 'lectern[{extra}]'" if extra else "install the package that it names"
+        how = f"pip install -e '.[{extra}]'" if extra else "install the package that it names"
         raise ConfigError(f"{url}: {error}; {how}") from error
     except ValueError as error:
         raise ConfigError(f"{url}: {error}") from error

@@ -100,6 +100,21 @@ class Source:
         """What tells this set of shards from another one."""
         return self.generations[-1].digest
 
+    @property
+    def begun_with(self) -> np.ndarray:
+        """(n,) uint32 ids of the used samples of the shards that the run began with."""
+        return self.used[: self._sizes[0]]
+
+    def continues(self, digest: str, num_draws: int) -> bool:
+        """Return whether draws that were made of the shards with a digest are also this source's.
+
+        They are not where further shards have joined in an epoch that these draws had begun.
+        """
+        for generation, end in zip(self.generations, [*self._starts[1:], num_draws], strict=True):
+            if generation.digest == digest:
+                return num_draws <= end
+        return False
+
     def restricted_to(self, sample_ids: Sequence[int]) -> "Source":
         """Return a source of some of the used samples; it lives in this process alone."""
         part = copy.copy(self)

@@ -136,6 +136,45 @@ def test_twice_grown_within_an_epoch_every_checkpoint_is_known(
     assert source.num_draws(3) == 18 and source.epoch_of(4) == (1, 0)
 
 
+def test_shards_that_have_been_moved_are_read_where_they_are(
+    tmp_path: Path, shards: list[str], byte_folder: Path
+) -> None:
+    made(tmp_path, shards, byte_folder)
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    source = made(tmp_path, [shard.replace("/shards/", "/moved/") for shard in shards], byte_folder)
+    assert source.read(5, RangeReader()) == make_sample(5)
+
+
+def test_a_checkpoint_past_the_epoch_in_which_shards_joined_is_refused(
+    tmp_path: Path, shards: list[str], byte_folder: Path
+) -> None:
+    """It was left by an earlier life of the run, which went on without those shards."""
+    before = made(tmp_path, shards[:1], byte_folder)
+    grown = made(tmp_path, shards, byte_folder, next_epoch=2)
+    settings, starts_at = plan().settings, 2 * len(before)
+    state = DataState(settings, (before.digest,), (starts_at,))
+    assert plan().check(state, [grown]).cursors == (starts_at,)
+    with pytest.raises(CheckpointError, match=r"the shards of data.train.0"):
+        plan().check(replace(state, cursors=(starts_at + 1,)), [grown])
+    assert grown.begun_with.tolist() == list(range(4))
+
+
+def test_when_shards_joined_is_not_forgotten_with_the_catalogue(
+    tmp_path: Path, shards: list[str], byte_folder: Path
+) -> None:
+    before = made(tmp_path, shards[:1], byte_folder)
+    grown = made(tmp_path, shards, byte_folder, next_epoch=2)
+    states = [DataState(plan().settings, (one.digest,), (3,)) for one in (before, grown)]
+    (tmp_path / "train.catalogue").unlink()
+    again = made(tmp_path, shards, byte_folder, next_epoch=0)
+    for state in states:
+        with pytest.raises(CheckpointError, match=r"the shards of data.train.0"):
+            plan().check(state, [again])
+    (tmp_path / "train.catalogue").unlink()
+    again = made(tmp_path, shards[:1], byte_folder, next_epoch=0)
+    assert plan().check(states[0], [again]).cursors == (3,)
+
+
 def test_a_shard_that_is_gone_or_changed_stops_a_run_that_has_begun(
     tmp_path: Path, shards: list[str], byte_folder: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data_tools.errors import CheckpointError
+from data_tools.templates import load_template
 from tests.harness import run_ranks
 from tests.train.checkpoint_files import parameters_of, write_checkpoint
 from tests.train.engines import build_engine, save, train, whole_state
 from tests.train.tiny import tiny_folder, tiny_inputs, tiny_model
 from train import export as export_module
 from train.checkpoint import SliceReader, hub, read_manifest
+from train.checkpoint.manifest import write_manifest
 from train.checkpoint.weights import BaseWeights, plan_files
 from train.export import export
 from train.modeling.names import hub_name, is_vision
@@ -173,6 +176,30 @@ def test_settings_are_the_base_folder_s_with_dtype_and_pixel_limits(tmp_path: Pa
     card = (out / "README.md").read_text()
     assert "step 7" in card and "| cer | 0.0123 |" in card and "vllm serve" in card
     assert {oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == {"0o644"}
+
+
+def test_the_card_shows_the_metrics_of_its_own_step(tmp_path: Path) -> None:
+    stage, _ = write_vision_stage(tmp_path)
+    status = {"metrics": {"validation/cer": 0.5}, "metrics_step": 9}
+    (stage / "status.json").write_text(json.dumps(status))
+    card = (export(stage) / "README.md").read_text()
+    assert "| validation/cer | 0.5 |" in card and "Measured at step 9 of the training, not" in card
+    records = [{"step": step, "validation/cer": step / 10} for step in (5, 7, 9)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (stage / "log.jsonl").write_text(text + '{"step": 11, "validation/')
+    card = (export(stage, tmp_path / "again") / "README.md").read_text()
+    assert "| validation/cer | 0.7 |" in card and "not with these weights" not in card
+
+
+def test_the_card_gives_a_question_of_several_lines_word_for_word(tmp_path: Path) -> None:
+    stage, _ = write_vision_stage(tmp_path)
+    config = yaml.safe_load((stage / "config.yaml").read_text())
+    config["task"]["templates"][0]["name"] = "invoice-fields-zh"
+    (stage / "config.yaml").write_text(yaml.safe_dump(config))
+    card = (export(stage) / "README.md").read_text()
+    prompt = load_template("invoice-fields-zh").prompt
+    assert "\n" in prompt and f"```text\n{prompt}\n```" in card
+    assert '"repetition_penalty": 1.0' in card
 
 
 def test_typed_again_it_is_done_and_something_else_is_not_overwritten(
@@ -362,6 +389,19 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     (stage / "config.yaml").write_text(config.replace(str(tmp_path / "base"), "/nowhere"))
     with pytest.raises(CheckpointError, match="model.path is /nowhere, which is no Hugging Face"):
         export(stage)
+
+
+def test_frozen_weights_that_were_replaced_since_are_refused(tmp_path: Path) -> None:
+    """Names and shapes are right, the values are those of another model."""
+    stage, model = write_vision_stage(tmp_path)
+    checkpoint = stage / "checkpoints" / "step-00000007"
+    manifest = read_manifest(checkpoint)
+    identity = BaseWeights(tmp_path / "base").identity()
+    write_manifest(checkpoint, replace(manifest, base=identity))
+    assert_same(weights_of(export(stage)), expected(model))
+    tiny_folder(tmp_path / "base", seed=9)
+    with pytest.raises(CheckpointError, match=r"its frozen weights are those of .*sha256"):
+        export(stage, tmp_path / "other")
 
 
 def test_the_command_reports_a_user_s_mistake_without_a_traceback(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ class Peak:
 
 
 def large_config() -> dict[str, Any]:
-    """Return a config of 2.1 billion parameters, 4.2 GB in bf16."""
-    config = tiny.tiny_config(hidden=2048, layers=24)
+    """Return a config of 2.2 billion parameters, 4.3 GB in bf16."""
+    config = tiny.tiny_config(hidden=2048, layers=17)
     for part in (config, config.get("text_config", {})):
         if "intermediate_size" in part:
             part["intermediate_size"] = 11008

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data_tools import ledger
-from tests.builders import run_record, write_run
+from tests.builders import run_record, write_run, write_shards
 from tests.harness import run_ranks
 from tests.train.trainers import losses_of, run_to_end, start
 
@@ -54,6 +54,30 @@ def test_resume_with_other_data_settings_is_refused(
         config = write_run(tmp_path / "changed.yaml", changed)
         message = run_ranks(1, start_and_catch, config, timeout_s=60)[0]
         assert "made with other data settings" in message
+
+
+def test_a_refused_start_leaves_the_data_of_the_run_as_it_was(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    """Cursors mean nothing in a catalogue of other settings: shards would join too early."""
+    stage = {"number": 2, "max_steps": 1}
+    prior = {"char_prior": {"rarity": 0.5}}
+    record = run_record(tmp_path / "run", model, shards, stage=stage, loss=prior)
+    run_ranks(1, run_to_end, write_run(tmp_path / "c.yaml", record), timeout_s=60)
+    folder = tmp_path / "run" / "stage2"
+    (folder / "status.json").unlink()
+    files = [*(folder / "data").iterdir(), folder / "characters.json", folder / "plan.json"]
+    before = [path.read_bytes() for path in files]
+    other = write_shards(tmp_path / "more", [3], first=40)
+    sources = [*record["data"]["train"], {"shards": other[0]}]
+    for change in ({"max_chars": 30}, {"train": sources}):
+        changed = record | {"data": record["data"] | change}
+        message = run_ranks(
+            1, start_and_catch, write_run(tmp_path / "changed.yaml", changed), timeout_s=60
+        )[0]
+        assert "made with other data settings" in message
+        assert [path.read_bytes() for path in files] == before
+    assert "data.train (1 sources, now 2)" in message
 
 
 def start_and_catch(config_path: Path) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from train.checkpoint import write as write_module
 from train.checkpoint.mirror import Mirror
 from train.checkpoint.retention import Retention
 from train.checkpoint.save import prepare
-from train.checkpoint.write import Destination, write_rank
+from train.checkpoint.write import Destination, nearby_prefix, write_rank
 
 SLOW_S = 1.0
 
@@ -110,6 +111,87 @@ def test_local_disk_shared_folder_and_mirror_keep_the_same_steps(tmp_path: Path)
     assert steps_of(tmp_path / "checkpoints") == [7]
 
 
+def save_on_a_shared_disk(folder: Path) -> None:
+    """Two ranks of one node, whose disk still holds what a killed run left; rank 1 copies late."""
+    rank = torch.distributed.get_rank()
+    original = write_module._copy
+
+    def late(*arguments: Any) -> None:
+        time.sleep(SLOW_S / 2 * rank)
+        original(*arguments)
+
+    write_module._copy = late
+    disk = folder / "disk"
+    if rank == 0:
+        (disk / f"{nearby_prefix(folder / 'checkpoints')}.tmp-step-00000009-x-0").mkdir(
+            parents=True
+        )
+        (disk / f"{nearby_prefix(folder / 'other')}.tmp-step-00000009-x-0").mkdir()
+    torch.distributed.barrier()
+    engine = build_engine(tiny_model())
+    settings = SaveSettings(local_dir=str(disk), on_error="stop", timeout_s=10)
+    saver = CheckpointSaver(engine, folder / "checkpoints", settings)
+    for step in (1, 2, 3):
+        saver.save(step, {})
+    saver.close()
+    torch.distributed.barrier()
+    assert steps_of(folder / "checkpoints") == [2, 3]
+    left = [path.name for path in disk.iterdir()]
+    assert left == [f"{nearby_prefix(folder / 'other')}.tmp-step-00000009-x-0"], "of another run"
+
+
+def test_ranks_of_a_node_share_its_disk(tmp_path: Path) -> None:
+    run_ranks(2, save_on_a_shared_disk, tmp_path, timeout_s=60)
+
+
+def save_without_a_mirror(folder: Path, broken_rank: int) -> None:
+    """Two ranks, one of which cannot reach the mirror: nobody waits for it, nothing is lost."""
+    if torch.distributed.get_rank() == broken_rank:
+
+        def refuse(*_: Any) -> None:
+            raise CheckpointError("no route to the bucket")
+
+        Mirror.put_shard = refuse  # type: ignore[method-assign]
+    engine = build_engine(tiny_model())
+    settings = SaveSettings(mirror=f"file://{folder}/mirror/stage2", timeout_s=300)
+    saver = CheckpointSaver(engine, folder / "checkpoints", settings)
+    saver.save(1, {})
+    saver.close()
+    torch.distributed.barrier()
+    assert verify(folder / "checkpoints" / "step-00000001") == []
+    assert not list(folder.rglob("*.note")) and Mirror(settings.mirror or "").steps() == []
+    strict = CheckpointSaver(engine, folder / "checkpoints", replace(settings, on_error="stop"))
+    strict.save(2, {})
+    with pytest.raises(CheckpointError, match=r"step-00000002 has no copy at file.*no route"):
+        strict.close()
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("broken_rank", [0, 1])
+def test_a_mirror_that_is_down_costs_no_checkpoint(tmp_path: Path, broken_rank: int) -> None:
+    run_ranks(2, save_without_a_mirror, tmp_path, broken_rank, timeout_s=60)
+
+
+def fail_with_another_error(folder: Path) -> None:
+    """A defect in the writing thread of rank 1 is told at once as well."""
+    if torch.distributed.get_rank() == 1:
+
+        def broken(*_: Any, **__: Any) -> int:
+            raise ValueError("not an OSError")
+
+        write_module.write_safetensors = broken
+    settings = SaveSettings(on_error="stop", timeout_s=300)
+    saver = CheckpointSaver(build_engine(tiny_model()), folder, settings)
+    saver.save(1, {})
+    with pytest.raises(CheckpointError, match="not an OSError"):
+        saver.close()
+
+
+@pytest.mark.timeout(100)
+def test_any_error_of_a_rank_reaches_the_others(tmp_path: Path) -> None:
+    run_ranks(2, fail_with_another_error, tmp_path, timeout_s=60)
+
+
 def fail_on_one_rank(folder: Path) -> None:
     """Two ranks: a full disk on rank 1 costs a checkpoint, not the run; the next one is whole."""
     rank = torch.distributed.get_rank()
@@ -155,7 +237,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def save_into_a_file(folder: Path) -> None:
     engine = build_engine(tiny_model())
-    CheckpointSaver(engine, folder, SaveSettings()).save(1, {})  # told, and the run goes on
+    for in_background in (True, False):
+        saver = CheckpointSaver(engine, folder, SaveSettings(in_background=in_background))
+        saver.save(1, {})  # told, and the run goes on
+        with pytest.raises(CheckpointError, match=f"Saving {folder}/step-00000001 failed"):
+            saver.close()  # but it does not end as if the last step were saved
     with pytest.raises(CheckpointError, match=f"Saving {folder}/step-00000001 failed"):
         CheckpointSaver(engine, folder, SaveSettings(on_error="stop")).save(1, {})
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.builders import run_record, write_run
 from tests.harness import run_ranks
 from tests.train.engines import FROZEN, build_engine, extended_model, save, train, whole_state
+from tests.train.trainers import run_to_end
 from train.checkpoint import load_checkpoint
 
 
@@ -62,3 +64,18 @@ def test_any_stage_reads_what_another_one_wrote(
 ) -> None:
     run_ranks(2, write, tmp_path, writer, timeout_s=90)
     run_ranks(world_size, read, tmp_path, readers, timeout_s=90)
+
+
+@pytest.mark.timeout(200)
+def test_the_trainer_gives_the_same_losses_with_every_stage(
+    tmp_path: Path, model: Path, shards: list[str]
+) -> None:
+    losses = []
+    for stage in (3, 2, 1):
+        parallel = {"zero_stage": stage, "zero": {}}
+        record = run_record(tmp_path / str(stage), model, shards, parallel=parallel)
+        config = write_run(tmp_path / f"{stage}.yaml", record)
+        losses.append(run_ranks(2, run_to_end, config, timeout_s=60)[0])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -24,15 +25,29 @@ from train.checkpoint.files import (
     write_safetensors,
 )
 from train.checkpoint.manifest import write_text
-from train.checkpoint.weights import (
-    INDEX_FILE,
-    Origin,
-    TrainedWeights,
-    file_names,
-    plan_files,
-)
+from train.checkpoint.weights import INDEX_FILE, file_names, plan_files
 
 RECORD = ".digests.json"
+
+
+class Weights(Protocol):
+    """Every weight of a model under its hub name."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return hub name -> shape, in the order in which they are written."""
+
+    def blocks(self, hub: str) -> Iterator[torch.Tensor]:
+        """Yield a weight in flat blocks in order."""
+
+
+class WeightOrigin(Protocol):
+    """Plain values from which any process can open the weights."""
+
+    def __hash__(self) -> int:
+        """Return a hash: a process opens each origin once."""
+
+    def open(self) -> Weights:
+        """Open the files."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,12 @@ class _Job:
 
     path: Path
     names: tuple[str, ...]
-    origin: Origin
+    origin: WeightOrigin
     dtype: torch.dtype
 
 
 def write_weights(
-    folder: Path, origin: Origin, dtype: torch.dtype, max_bytes: int, workers: int = 1
+    folder: Path, origin: WeightOrigin, dtype: torch.dtype, max_bytes: int, workers: int = 1
 ) -> dict[str, dict[str, str]]:
     """Write the weight files (and their index, if there are several) of a Hugging Face folder.
 
@@ -60,7 +75,7 @@ def write_weights(
     Returns:
         File name -> hub name -> sha256 of the tensor's bytes.
     """
-    shapes = TrainedWeights(origin).shapes()
+    shapes = origin.open().shapes()
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     files = plan_files(sizes, max_bytes)
     names = file_names(files)
@@ -109,9 +124,9 @@ def check_weights(
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(origin: Origin) -> TrainedWeights:
+def _opened(origin: WeightOrigin) -> Weights:
     """Return the weights of an origin; a process opens them once for all its files."""
-    return TrainedWeights(origin)
+    return origin.open()
 
 
 def _write_file(job: _Job) -> str:

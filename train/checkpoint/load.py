@@ -16,6 +16,7 @@ from train.checkpoint.manifest import (
     read_manifest,
 )
 from train.checkpoint.shards import KINDS, SliceReader
+from train.checkpoint.weights import other_base
 from train.collectives import gather_json, rank_and_world
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def load_checkpoint(
         saved, wanted = group_names(manifest.groups), group_names(engine.optimizer.param_groups)
         if saved != wanted:
             problems.append(f"its parameter groups are {saved}, those of this run {wanted}")
-        problems += _other_base(manifest, base)
+        problems += other_base(manifest, base)
         if not is_checked:
             problems += check_shards(checkpoint, manifest.shards[rank::world_size])
         if problems:
@@ -94,18 +95,6 @@ def load_checkpoint(
     with zero_state.restoring(engine):
         together(lambda: _restore(engine, SliceReader(checkpoint, manifest), manifest), doing)
     return manifest.state
-
-
-def _other_base(manifest: Manifest, base: dict[str, Any] | None) -> list[str]:
-    """Say where frozen weights would not be those that the checkpoint was trained beside."""
-    is_partial = any(not about["trainable"] for about in manifest.parameters.values())
-    saved = manifest.base or {}
-    if not is_partial or base is None or saved.get("sha256") in (None, base.get("sha256")):
-        return []
-    return [
-        f"its frozen weights are those of {saved.get('path')} (sha256 {saved['sha256'][:12]}), "
-        f"model.path is {base.get('path')} (sha256 {str(base.get('sha256'))[:12]})"
-    ]
 
 
 def group_names(groups: list[dict[str, Any]]) -> list[str]:

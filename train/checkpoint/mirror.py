@@ -41,12 +41,15 @@ class Mirror:
         Raises:
             CheckpointError: if the storage refuses it.
         """
+        problem = None
         for path in places:
             try:
                 self._put(path, f"{checkpoint}/{path.name}")
                 return
-            except FileNotFoundError:
-                continue
+            except FileNotFoundError as error:  # of the file, or of the bucket
+                problem = error
+        if any(path.exists() for path in places):
+            raise CheckpointError(f"{self.url} cannot be written ({problem})")
         raise CheckpointError(f"{places[-1]} is gone before it was copied to {self.url}")
 
     def finish(self, checkpoint: Path, retention: Retention, step: int) -> None:

@@ -5,8 +5,8 @@
     saver.close()                  # waits until the last one is durable
 
 One save is under way at a time (two with a local disk in between): the next one waits for it, and
-says so. A save that fails leaves
-nothing behind and deletes nothing; training goes on unless `on_error` is "stop".
+says so. A save that fails leaves nothing behind and deletes nothing; training goes on unless
+`on_error` is "stop". The last one of a run must hold.
 """
 
 import json
@@ -17,8 +17,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Collection
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -30,12 +30,13 @@ from train.checkpoint.manifest import Manifest, step_folder_name, verify
 from train.checkpoint.mirror import Mirror
 from train.checkpoint.retention import Retention, delete
 from train.checkpoint.snapshot import HostCopy
-from train.checkpoint.write import Destination, write_rank
+from train.checkpoint.write import Destination, nearby_prefix, write_rank
 from train.collectives import gather_json, rank_and_world
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "deepspeed", "transformers")
+ASK_EVERY_S = 30.0  # well below the time that a collective may take
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SaveSettings:
         in_background: False waits for the disk before training goes on.
         local_dir: folder of each node's own disk that shards are written to first.
         mirror: URL of a second copy.
-        on_error: what a failed save does: "warn" or "stop".
+        on_error: what a failed save, or a failed second copy, does: "warn" or "stop".
         timeout_s: how long rank 0 waits for the files of the other ranks.
     """
 
@@ -67,7 +68,7 @@ class _Running:
 
     step: int
     name: str
-    future: "Future[None]"
+    future: "Future[str | None]"
     is_copied: threading.Event
 
 
@@ -100,7 +101,12 @@ class CheckpointSaver:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._running: deque[_Running] = deque()
         self._is_closed = False
+        self._last_step: int | None = None
+        self._lost: str | None = None  # why the last save failed
         self.blocked_s = 0.0
+        if settings.local_dir:  # what a killed process has left there
+            for leftover in Path(settings.local_dir).glob(f"{nearby_prefix(folder)}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, state: dict[str, Any], *, best_step: int | None = None) -> None:
         """Begin to write `folder/step-XXXXXXXX`; a collective of all ranks between two steps.
@@ -116,10 +122,11 @@ class CheckpointSaver:
         """
         started = time.perf_counter()
         self._make_room()
+        self._last_step, self._lost = step, None
         try:
             self._begin(step, state, best_step)
         except CheckpointError as error:
-            self._report(str(error))
+            self._report_lost(step, str(error))
         if not self._settings.in_background:
             self.wait()
         self.blocked_s = time.perf_counter() - started
@@ -144,27 +151,36 @@ class CheckpointSaver:
     def _wait_for(self, running: _Running) -> None:
         if not running.future.done() and rank_and_world()[0] == 0:
             logger.info("waiting for the checkpoint of step %d", running.step)
+        # In short collectives: a rank that is done would else wait in one for as long as the
+        # slowest disk takes, and the group would give up.
+        while not all(gather_json(running.future.done())):
+            wait([running.future], timeout=ASK_EVERY_S)
         error = running.future.exception()
-        problems = gather_json(None if error is None else str(error))
-        found = list(dict.fromkeys(text for text in problems if text is not None))
-        if found:
-            self._report("; ".join(found))
+        lost = None if error is None else str(error)
+        parts = gather_json([lost, running.future.result() if error is None else None])
+        lost_parts, copy_parts = (
+            list(dict.fromkeys(filter(None, p))) for p in zip(*parts, strict=True)
+        )
+        if lost_parts:
+            self._report_lost(running.step, "; ".join(lost_parts))
+        elif copy_parts:
+            self._report("; ".join(copy_parts))
 
     def close(self, *, must_hold: bool = True) -> None:
         """Wait for the last save and end the thread; typed twice it does nothing.
 
         Raises:
-            CheckpointError: if the last save failed and must hold.
+            CheckpointError: on every rank, if the last save failed and must hold.
         """
         if self._is_closed:
             return
         self._is_closed = True
-        if must_hold:
-            self._settings = replace(self._settings, on_error="stop")
         try:
             self.wait()
         finally:
             self._threads.shutdown(wait=False)
+        if must_hold and self._lost is not None:
+            raise CheckpointError(self._lost)
 
     def _begin(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
         rank, _ = rank_and_world()
@@ -218,13 +234,16 @@ class CheckpointSaver:
             timeout_s=settings.timeout_s,
         )
 
+    def _report_lost(self, step: int, problem: str) -> None:
+        if step == self._last_step:
+            self._lost = problem
+        self._report(f"{problem} The checkpoint of step {step} is missing.")
+
     def _report(self, problem: str) -> None:
         if self._settings.on_error == "stop":
             raise CheckpointError(problem)
         if rank_and_world()[0] == 0:
-            logger.error(
-                "%s Training goes on without this checkpoint (checkpoint.on_error: warn).", problem
-            )
+            logger.error("%s Training goes on (checkpoint.on_error: warn).", problem)
 
 
 def prepare(final: Path, busy: Collection[str] = ()) -> str | None:

@@ -118,6 +118,10 @@ class Origin:
     tied: bool = False
     adapter_scale: float | None = None
 
+    def open(self) -> "TrainedWeights":
+        """Open the files; CheckpointError if they are not of the same model."""
+        return TrainedWeights(self)
+
 
 @dataclass
 class TrainedWeights:
@@ -147,6 +151,12 @@ class TrainedWeights:
             for path, manifest in zip(self.origin.checkpoints, manifests, strict=True)
         ]
         self._base = BaseWeights(self.origin.base)
+        identity = self._base.identity() if self.origin.base else None
+        for path, manifest in zip(self.origin.checkpoints, manifests, strict=True):
+            if problems := other_base(manifest, identity):
+                raise CheckpointError(
+                    f"{path}: {problems[0]}. Export beside the weights that the training froze"
+                )
         for name in self.manifest.parameters:
             if is_adapter(name):
                 if self.origin.adapter_scale is None:
@@ -231,6 +241,23 @@ class TrainedWeights:
         """Return memory for a block, and for its sum in float64 where there is something to add."""
         is_average = len(self._readers) > 1
         return torch.empty(numel), torch.empty(numel * is_average, dtype=torch.float64)
+
+
+def other_base(manifest: Manifest, base: dict[str, str] | None) -> list[str]:
+    """Say where frozen weights would not be those that a checkpoint was trained beside.
+
+    Args:
+        manifest: of the checkpoint.
+        base: `BaseWeights.identity` of the frozen weights at hand; None: not to be compared.
+    """
+    is_partial = any(not about["trainable"] for about in manifest.parameters.values())
+    saved = manifest.base or {}
+    if not is_partial or base is None or saved.get("sha256") in (None, base.get("sha256")):
+        return []
+    return [
+        f"its frozen weights are those of {saved.get('path')} (sha256 {saved['sha256'][:12]}), "
+        f"model.path is {base.get('path')} (sha256 {str(base.get('sha256'))[:12]})"
+    ]
 
 
 def average_shares(count: int, decay: float | None = None) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ beside it; rank 0's thread waits for all notes, writes the manifest and gives th
 Threads meet in the file system alone: a collective in a thread could wait for one of training.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -64,8 +65,8 @@ def write_rank(
     rank: int,
     destination: Destination,
     is_copied: threading.Event,
-    before: "Future[None] | None" = None,
-) -> None:
+    before: "Future[str | None] | None" = None,
+) -> str | None:
     """Write this rank's part of a checkpoint, and on rank 0 finish the whole.
 
     Args:
@@ -76,6 +77,9 @@ def write_rank(
         is_copied: is set as soon as the snapshot's memory may be used again.
         before: an earlier save, which becomes visible first.
 
+    Returns:
+        Why a checkpoint that is whole has no second copy; None if it has, or none is wanted.
+
     Raises:
         CheckpointError: if this rank could not write, or on rank 0 any of them.
     """
@@ -83,12 +87,7 @@ def write_rank(
     try:
         shard = _write_shard(snapshot, manifest.world_size, rank, destination, is_copied)
         _leave_note(folder, rank, asdict(shard))
-        if destination.mirror is not None:
-            destination.mirror.put_shard(
-                [folder / shard.file, destination.final / shard.file], destination.final.name
-            )
-            _leave_note(folder, rank, {}, kind="mirrored")
-    except (CheckpointError, OSError) as error:
+    except Exception as error:  # whatever it is: rank 0 waits for this rank's note
         _leave_note(folder, rank, {"error": str(error)})
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -99,6 +98,19 @@ def write_rank(
         if before is not None:
             wait([before])
         _finish(manifest, destination)
+    problem = None
+    if destination.mirror is not None:
+        problem = _mirror(destination.mirror, destination, shard, rank, manifest)
+    if rank == 0:
+        for note in destination.final.glob("*.note"):
+            note.unlink()
+    return problem
+
+
+def nearby_prefix(checkpoints: Path) -> str:
+    """Return how the folders begin that a run makes on a node's own disk, which runs may share."""
+    mark = hashlib.sha256(str(checkpoints.resolve()).encode()).hexdigest()[:12]
+    return f"lectern-{mark}-"
 
 
 def _write_shard(
@@ -109,14 +121,18 @@ def _write_shard(
     is_copied: threading.Event,
 ) -> Shard:
     layout, table, tensors = snapshot.layout, snapshot.table, snapshot.tensors
+    temporary = destination.temporary
     if destination.local is None:
-        return write_shard(destination.temporary, rank, world_size, layout, table, tensors)
-    nearby = destination.local / destination.temporary.name
-    nearby.mkdir(parents=True, exist_ok=True)
-    shard = write_shard(nearby, rank, world_size, layout, table, tensors)
-    is_copied.set()
-    _copy(nearby / shard.file, destination.temporary / shard.file, shard.crc32)
-    shutil.rmtree(nearby, ignore_errors=True)
+        return write_shard(temporary, rank, world_size, layout, table, tensors)
+    # A folder of this rank alone: the ranks of a node share its disk.
+    nearby = destination.local / f"{nearby_prefix(temporary.parent)}{temporary.name}-{rank}"
+    try:
+        nearby.mkdir(parents=True, exist_ok=True)
+        shard = write_shard(nearby, rank, world_size, layout, table, tensors)
+        is_copied.set()
+        _copy(nearby / shard.file, temporary / shard.file, shard.crc32)
+    finally:
+        shutil.rmtree(nearby, ignore_errors=True)
     return shard
 
 
@@ -170,12 +186,23 @@ def _finish(manifest: Manifest, destination: Destination) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(str(error)) from error
     delete_surplus(destination.final.parent, destination.retention, manifest.step)
-    if destination.mirror is not None:
-        final = destination.final
-        _wait_for_notes(final, manifest.world_size, destination.timeout_s, kind="mirrored")
-        destination.mirror.finish(final, destination.retention, manifest.step)
-    for note in destination.final.glob("*.note"):
-        note.unlink()
+
+
+def _mirror(
+    mirror: Mirror, destination: Destination, shard: Shard, rank: int, manifest: Manifest
+) -> str | None:
+    """Copy this rank's shard behind the URL, on rank 0 finish the copy; return what went wrong."""
+    folder, final = destination.temporary, destination.final
+    try:
+        mirror.put_shard([folder / shard.file, final / shard.file], final.name)
+        _leave_note(folder, rank, {}, kind="mirrored")
+        if rank == 0:
+            _wait_for_notes(final, manifest.world_size, destination.timeout_s, kind="mirrored")
+            mirror.finish(final, destination.retention, manifest.step)
+    except Exception as error:  # each storage client has errors of its own
+        _leave_note(folder, rank, {"error": str(error)}, kind="mirrored")
+        return f"{final} has no copy at {mirror.url}: {error}"
+    return None
 
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
