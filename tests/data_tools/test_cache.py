@@ -204,7 +204,7 @@ def test_too_small_a_cache_is_told_once(tmp_path: Path, caplog: pytest.LogCaptur
         with caplog.at_level(logging.WARNING):
             for number in (0, 1, 0, 1, 0):
                 reader.read(shard(server, number))
-    assert len(caplog.records) == 1 and "raise data.storage.cache_bytes" in caplog.text
+    assert len(caplog.records) == 1 and "raise data.storage.cache_gb" in caplog.text
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     cache = ShardCache(tmp_path, 2 * SIZE)
-    with pytest.raises(StorageError, match="no copy of s3://b/x.tar .*No space left.*cache_bytes"):
+    with pytest.raises(StorageError, match="no copy of s3://b/x.tar .*No space left.*cache_gb"):
         cache.path_of("s3://b/x.tar", "v", SIZE, lambda *_: None)
     assert copies(tmp_path) == []
 
