@@ -281,6 +281,10 @@ def test_resume_at_the_same_world_size_is_bitwise_the_uninterrupted_run(written:
     assert body["version"] == 1
 
 
+def test_resume_of_a_single_rank_is_bitwise(tmp_path: Path) -> None:
+    run_ranks(1, save_and_continue, tmp_path, timeout_s=60)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_state_is_bitwise_equal_at_another_world_size(written: Path, world_size: int) -> None:
     run_ranks(world_size, load_elsewhere, written, timeout_s=90)
