@@ -1,4 +1,4 @@
-"""What each rank of the checkpoint benchmark does: save, load, and load at another world size.
+"""What each rank of the checkpoint benchmark does: save in both ways, or load one checkpoint.
 
 Started by `benchmarks.checkpoint`, one process a rank, over gloo:
 
@@ -6,6 +6,7 @@ Started by `benchmarks.checkpoint`, one process a rank, over gloo:
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from torch import nn
 
 from train.checkpoint import CheckpointSaver, SaveSettings, load_checkpoint
+from train.checkpoint.files import bytes_of
+from train.collectives import gather_json
 
 WIDTH = 4096  # of a square layer: 16.8 M parameters
 TAG = "step"
@@ -117,47 +120,25 @@ def measure_saves(folder: Path, layers: int, rounds: int, steps: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()} | {"rounds": times}
 
 
-def measure_loads(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
-    """Load in both ways at the world size of the save; their states must be equal."""
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    is_equal = True
-    for _ in range(rounds):
-        engine = build_engine(layers)
-        checkpoint = folder / "ours" / "step-00000001"
-        times["ours"].append(_timed(partial(load_checkpoint, engine, checkpoint)))
-        ours = local_state(engine)
-        engine.destroy()
-        engine = build_engine(layers)
-        load = partial(engine.load_checkpoint, str(folder / "theirs"), tag=TAG)
-        times["theirs"].append(_timed(load))
-        theirs = local_state(engine)
-        is_equal &= all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        engine.destroy()
-    return {name: statistics.median(values) for name, values in times.items()} | {
-        "is_equal": is_equal,
-        "rounds": times,
-    }
+def measure_load(folder: Path, layers: int, kind: str) -> dict[str, Any]:
+    """Load a checkpoint into a fresh engine; return the seconds and a digest of each rank's state.
 
-
-def measure_elastic(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
-    """Load at another world size: ours directly, theirs from the converted checkpoint."""
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    is_equal = True
-    for _ in range(rounds):
-        engine = build_engine(layers)
-        checkpoint = folder / "ours" / "step-00000001"
-        times["ours"].append(_timed(partial(load_checkpoint, engine, checkpoint)))
-        ours = local_state(engine)
-        engine.destroy()
-        engine = build_engine(layers, universal=True)
-        load = partial(engine.load_checkpoint, str(folder), tag="universal")
-        times["theirs"].append(_timed(load))
-        is_equal &= all(torch.equal(a, b) for a, b in zip(ours, local_state(engine), strict=True))
-        engine.destroy()
-    return {name: statistics.median(values) for name, values in times.items()} | {
-        "is_equal": is_equal,
-        "rounds": times,
-    }
+    Args:
+        folder: of the benchmark.
+        layers: of the model.
+        kind: "ours", "theirs", or "universal" (theirs, converted for another world size).
+    """
+    engine = build_engine(layers, universal=kind == "universal")
+    load: Callable[[], Any] = {
+        "ours": partial(load_checkpoint, engine, folder / "ours" / "step-00000001"),
+        "theirs": partial(engine.load_checkpoint, str(folder / "theirs"), tag=TAG),
+        "universal": partial(engine.load_checkpoint, str(folder), tag="universal"),
+    }[kind]
+    seconds = _timed(load)
+    digest = hashlib.sha256()
+    for tensor in local_state(engine):
+        digest.update(bytes_of(tensor.contiguous()))
+    return {"seconds": seconds, "digests": gather_json(digest.hexdigest())}
 
 
 def _timed(action: Callable[[], Any]) -> float:
@@ -173,9 +154,10 @@ def _timed(action: Callable[[], Any]) -> float:
 def main() -> None:
     """Join the group, run one scenario, and let rank 0 write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scenario", choices=["save", "load", "elastic"])
+    parser.add_argument("scenario", choices=["save", "ours", "theirs", "universal"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--world", type=int, required=True)
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--rounds", type=int, default=3)
@@ -191,7 +173,7 @@ def main() -> None:
         "MASTER_PORT": "29500",  # only read, the FileStore is used
     }
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    store = dist.FileStore(str(options.folder / f"{options.scenario}.store"), options.world)
+    store = dist.FileStore(str(options.store), options.world)
     dist.init_process_group(
         "gloo",
         store=store,
@@ -201,14 +183,10 @@ def main() -> None:
     )
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    scenarios: dict[str, Callable[[], dict[str, Any]]] = {
-        "save": lambda: measure_saves(
-            options.folder, options.layers, options.rounds, options.steps
-        ),
-        "load": lambda: measure_loads(options.folder, options.layers, options.rounds),
-        "elastic": lambda: measure_elastic(options.folder, options.layers, options.rounds),
-    }
-    result = scenarios[options.scenario]()
+    if options.scenario == "save":
+        result = measure_saves(options.folder, options.layers, options.rounds, options.steps)
+    else:
+        result = measure_load(options.folder, options.layers, options.scenario)
     if options.rank == 0:
         (options.folder / f"{options.scenario}.json").write_text(json.dumps(result))
     dist.barrier()

@@ -60,6 +60,10 @@ class Entry(NamedTuple):
 class TensorFile:
     """Reads ranges of the tensors of a safetensors file, without mapping or holding it.
 
+    Args:
+        path: of the file.
+        digest: is given the bytes of the header.
+
     Attributes:
         path: of the file.
         entries: key -> where it lies.
@@ -68,24 +72,29 @@ class TensorFile:
         CheckpointError: if the file is missing, cut off or none of this format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, digest: Digest | None = None) -> None:
         self.path = path
         try:
             self._file = path.open("rb", buffering=0)
-            self.entries = self._read_header()
+            self.entries = self._read_header(digest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); was it deleted, or cut off?"
             ) from error
 
-    def _read_header(self) -> dict[str, Entry]:
-        (size,) = struct.unpack("<Q", self._file.read(8))
+    def _read_header(self, digest: Digest | None) -> dict[str, Entry]:
+        length = self._file.read(8)
+        (size,) = struct.unpack("<Q", length)
         total = os.fstat(self._file.fileno()).st_size
         if size > min(total, MAX_HEADER_BYTES):
             raise ValueError(f"its header claims {size} bytes")
         base = 8 + size
+        text = self._file.read(size)
+        if digest is not None:
+            digest.update(length)
+            digest.update(text)
         entries = {}
-        for key, about in json.loads(self._file.read(size)).items():
+        for key, about in json.loads(text).items():
             if key != "__metadata__":
                 start, end = (base + offset for offset in about["data_offsets"])
                 entry = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), start, end)

@@ -1,6 +1,7 @@
 """Load a checkpoint into a ZeRO engine of any world size; each rank reads its own ranges."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from data_tools.errors import CheckpointError
 from train.checkpoint import zero_state
 from train.checkpoint.agree import together
+from train.checkpoint.files import BLOCK_BYTES, Crc32, TensorFile, bytes_of
 from train.checkpoint.manifest import (
     Manifest,
+    Shard,
     check_shards,
     list_checkpoints,
     read_manifest,
@@ -84,7 +87,8 @@ def load_checkpoint(
         if saved != wanted:
             problems.append(f"its parameter groups are {saved}, those of this run {wanted}")
         problems += other_base(manifest, base)
-        if not is_checked:
+        zero_state.ensure_optimizer_state(engine)
+        if not is_checked and not _is_own_shard(engine, manifest):
             problems += check_shards(checkpoint, manifest.shards[rank::world_size])
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -93,7 +97,7 @@ def load_checkpoint(
 
     manifest = together(check, doing)
     with zero_state.restoring(engine):
-        together(lambda: _restore(engine, SliceReader(checkpoint, manifest), manifest), doing)
+        together(lambda: _restore(engine, checkpoint, manifest, is_checked), doing)
     return manifest.state
 
 
@@ -119,16 +123,34 @@ def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, An
     return found
 
 
-def _restore(engine: Any, reader: SliceReader, manifest: Manifest) -> None:
+def _is_own_shard(engine: Any, manifest: Manifest) -> bool:
+    """Tell whether one shard holds what this rank needs and nothing else."""
     rank, world_size = rank_and_world()
-    zero_state.ensure_optimizer_state(engine)
-    for part in zero_state.local_parts(engine):
-        for kind in KINDS:
-            key, target = f"{kind}|{part.name}", part.values(kind)
-            if part.is_live and target.device.type == "cpu":
+    if manifest.world_size != world_size:
+        return False
+    needed = {
+        f"{kind}|{part.name}": (part.start, part.end)
+        for part in zero_state.local_parts(engine)
+        for kind in KINDS
+    }
+    table = manifest.shards[rank].table
+    stored = {key: ends for key, (_, *ends) in table.items() if key.split("|")[0] in KINDS}
+    return {key: tuple(ends) for key, ends in stored.items()} == needed
+
+
+def _restore(engine: Any, checkpoint: Path, manifest: Manifest, is_checked: bool) -> None:
+    rank, world_size = rank_and_world()
+    parts = zero_state.local_parts(engine)
+    reader = SliceReader(checkpoint, manifest)
+    if not is_checked and _is_own_shard(engine, manifest):
+        _read_shard(parts, checkpoint, manifest.shards[rank])
+    else:
+        for part in parts:
+            for kind in KINDS:
+                key, target = f"{kind}|{part.name}", _memory(part, kind)
                 reader.read_into(key, part.start, target)
-            else:
-                part.assign(kind, reader.read(key, part.start, part.end))
+                _put(part, kind, target)
+    for part in parts:
         part.refresh()
     zero_state.set_optimizer_steps(engine, manifest.optimizer_steps)
     zero_state.set_group_settings(engine, manifest.groups)
@@ -136,6 +158,46 @@ def _restore(engine: Any, reader: SliceReader, manifest: Manifest) -> None:
         setattr(engine, counter, value)
     if world_size == manifest.world_size:
         _restore_random_state(reader, manifest.shards[rank].file)
+
+
+def _read_shard(parts: list[zero_state.LocalPart], checkpoint: Path, shard: Shard) -> None:
+    """Read a shard from its first byte to its last, its checksum taken on the way.
+
+    Raises:
+        CheckpointError: if it is damaged; the engine is then of no use.
+    """
+    wanted = {f"{kind}|{part.name}": (part, kind) for part in parts for kind in KINDS}
+    crc = Crc32()
+    file = TensorFile(checkpoint / shard.file, crc)
+    for key, entry in file.entries.items():
+        if key in wanted:
+            part, kind = wanted[key]
+            target = _memory(part, kind)
+            for at in range(0, len(target), BLOCK_BYTES // 4):
+                block = target[at : at + BLOCK_BYTES // 4]
+                file.read_into(key, at, block)
+                crc.update(bytes_of(block))
+            _put(part, kind, target)
+        elif math.prod(entry.shape):
+            crc.update(bytes_of(file.read(key)))
+    if crc.value != shard.crc32:
+        raise CheckpointError(
+            f"{checkpoint / shard.file}: its CRC-32 differs from the manifest's (damaged)"
+        )
+
+
+def _memory(part: zero_state.LocalPart, kind: str) -> torch.Tensor:
+    """Return the engine's own memory of a slice where it lies on the host, else new memory."""
+    values = part.values(kind)
+    if part.is_live and values.device.type == "cpu":
+        return values
+    return torch.empty(part.end - part.start)
+
+
+def _put(part: zero_state.LocalPart, kind: str, values: torch.Tensor) -> None:
+    """Put a slice in its place, if it does not lie there."""
+    if not (part.is_live and part.values(kind).data_ptr() == values.data_ptr()):
+        part.assign(kind, values)
 
 
 def _restore_random_state(reader: SliceReader, file: str) -> None:
