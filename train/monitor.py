@@ -78,6 +78,8 @@ class Monitor:
         for hole in holes:
             with self._spared():
                 self._append("faults.jsonl", {"step": step} | hole)
+                text = f"**{hole['key']}** ({hole['kind']}): {hole['reason']}"
+                self._board.add_text("data/holes", text, step)
             logger.warning("step %d: left out %s", step, hole["reason"])
         self._bar.update(1)
 

@@ -73,7 +73,8 @@ def test_scalars_and_pages_reach_tensorboard(tmp_path: Path) -> None:
 def test_data_state_is_kept_every_thousand_steps(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, is_main=True, start_step=0, total_steps=2000)
     monitor.step(999, planned(1), [])
-    monitor.step(1000, planned(2), [{"key": "k", "reason": "broken"}])
+    hole = {"key": "k", "source": 0, "kind": "image", "reason": "broken"}
+    monitor.step(1000, planned(2), [hole])
     monitor.close()
     lines = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
     assert [(line["step"], line["packs"], line["holes"]) for line in lines] == [
@@ -83,7 +84,11 @@ def test_data_state_is_kept_every_thousand_steps(tmp_path: Path) -> None:
     assert [line["plan_hash"] for line in lines] == [planned(n).plan_hash for n in (1, 2)]
     assert "state" not in lines[0] and lines[1]["state"] == planned(2).state.to_json()
     fault = json.loads((tmp_path / "faults.jsonl").read_text())
-    assert fault == {"step": 1000, "key": "k", "reason": "broken"}
+    assert fault == {"step": 1000} | hole
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    told = board.Tensors("data/holes/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert told == "**k** (image): broken"
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(
