@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_tools.stream.planner import DataState, PlannedSample, Step
 from train.monitor import Monitor, caption, cut_after
@@ -55,8 +56,6 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_scalars_and_pages_reach_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monitor = Monitor(tmp_path, is_main=True, start_step=0, total_steps=10)
     monitor.scalars(1, {"train/loss": 1.25}, "line")
     monitor.pages(1, [("doc-1", np.zeros((28, 56, 3), np.uint8), "reda", "read")])
