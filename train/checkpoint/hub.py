@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -135,13 +136,15 @@ def _write_file(job: _Job) -> str:
     digests: dict[str, str] = {}
 
     def blocks() -> Iterator[torch.Tensor]:
-        for name in job.names:
-            digest = hashlib.sha256()
-            for block in weights.blocks(name):
-                converted = block.to(job.dtype)
-                digest.update(bytes_of(converted))
-                yield converted
-            digests[name] = digest.hexdigest()
+        with ThreadPoolExecutor(1) as beside:  # hashes a block while it is written
+            for name in job.names:
+                digest = hashlib.sha256()
+                for block in weights.blocks(name):
+                    converted = block.to(job.dtype)
+                    hashing = beside.submit(digest.update, bytes_of(converted))
+                    yield converted
+                    hashing.result()  # before the block's memory is used again
+                digests[name] = digest.hexdigest()
 
     layout = {name: (job.dtype, shapes[name]) for name in job.names}
     temporary = job.path.with_name(f"{job.path.name}.tmp")
@@ -155,14 +158,21 @@ def _check_file(job: tuple[Path, torch.dtype, dict[str, str]]) -> dict[str, tupl
     """Return name -> shape of a file whose tensors have the expected digests."""
     path, dtype, expected = job
     file = TensorFile(path)
+    beside = ThreadPoolExecutor(1)  # hashes a block while the next one is read
     for name, entry in file.entries.items():
         if entry.dtype != dtype:
             raise CheckpointError(f"{path}: {name} is {DTYPE_NAMES[entry.dtype]}.")
         digest = hashlib.sha256()
         numel, step = math.prod(entry.shape), BLOCK_BYTES // dtype.itemsize
+        hashing = None
         for start in range(0, numel, step):
             part = file.read(name, start, min(numel, start + step))
-            digest.update(bytes_of(part))
+            if hashing is not None:
+                hashing.result()
+            hashing = beside.submit(digest.update, bytes_of(part))
+        if hashing is not None:
+            hashing.result()
         if digest.hexdigest() != expected.get(name):
             raise CheckpointError(f"{path}: what was read back of {name} is not what was written.")
+    beside.shutdown()
     return {name: entry.shape for name, entry in file.entries.items()}

@@ -87,7 +87,7 @@ def load_checkpoint(
         if saved != wanted:
             problems.append(f"its parameter groups are {saved}, those of this run {wanted}")
         problems += other_base(manifest, base)
-        zero_state.ensure_optimizer_state(engine)
+        zero_state.ensure_optimizer_state(engine, will_be_filled=True)
         if not is_checked and not _is_own_shard(engine, manifest):
             problems += check_shards(checkpoint, manifest.shards[rank::world_size])
         if problems:

@@ -102,9 +102,17 @@ def flat_groups(engine: Any) -> list[tuple[int, torch.Tensor]]:
     ]
 
 
-def ensure_optimizer_state(engine: Any) -> None:
-    """Create zero moments and step counts where the optimizer has not made a step yet."""
+def ensure_optimizer_state(engine: Any, *, will_be_filled: bool = False) -> None:
+    """Create zero moments and step counts where the optimizer has not made a step yet.
+
+    Args:
+        engine: fresh, or one that has trained.
+        will_be_filled: every part is assigned and refreshed next, so ZeRO-3's moments need no
+            zeros, which would touch all of their memory once more.
+    """
     optimizer = engine.optimizer.optimizer
+    is_left_empty = will_be_filled and is_partitioned(engine)
+    make = torch.empty_like if is_left_empty else torch.zeros_like
     for group, flat in flat_groups(engine):
         state = optimizer.state[flat]
         if "step" not in state:
@@ -112,7 +120,7 @@ def ensure_optimizer_state(engine: Any) -> None:
             state["step"] = _step_count(optimizer, group, flat, 0)
         for moment in MOMENTS:
             if moment not in state:
-                state[moment] = torch.zeros_like(flat, requires_grad=False)
+                state[moment] = make(flat, requires_grad=False)
     if not is_partitioned(engine):
         # DeepSpeed links moments to parameters after the first step of the first group, when those
         # of the other groups do not exist yet: once more, now that all of them do.
@@ -178,6 +186,9 @@ def _partitioned_part(name: str, p: Any, is_live: bool) -> LocalPart:
 
     def refresh() -> None:
         p.ds_tensor.data[: end - start].copy_(values(KINDS[0]))
+        if is_live:
+            for moment in MOMENTS:  # padding of moments that were made for it
+                safe_get_local_optimizer_state(p, moment).detach()[end - start :].zero_()
 
     return LocalPart(name, list(p.ds_shape), start, end, values, is_live, assign, refresh)
 
