@@ -15,7 +15,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +23,7 @@ import numpy as np
 
 from data_tools.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, run_command
 from data_tools.jobs import num_usable_cores, run_jobs
+from data_tools.output import text_file_or_none
 from data_tools.stream.index import ShardIndex, expand, index_shards, open_index
 from data_tools.views.problems import KINDS, CheckJob, Problem, check_rows
 
@@ -162,21 +162,12 @@ def find_duplicates(indexes: Sequence[ShardIndex]) -> Iterator[Problem]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = parse_arguments(arguments)
-    with _report_to(options.report) as report:
+    with text_file_or_none(options.report) as report:
         summary = check(expand(options.shards), options.workers, report, options.index_dir)
     print(json.dumps(summary.to_json(), indent=2, ensure_ascii=False) if options.json else summary)
     if options.report is not None and summary.counts:
         print(f"all problems: {options.report}", file=sys.stderr)
     return EXIT_DATA if summary.counts else EXIT_DONE
-
-
-@contextmanager
-def _report_to(path: Path | None) -> Iterator[TextIO | None]:
-    if path is None:
-        yield None
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        yield file
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

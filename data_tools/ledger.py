@@ -15,13 +15,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from data_tools.errors import EXIT_DATA, EXIT_DONE, ConfigError, run_command
+from data_tools.output import text_file_or_none
 from data_tools.stream.source import Source
 from data_tools.views.replay import EpochCount, Replay, SampleCounter, SeenStep
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     counter = SampleCounter(replay.sources)
     chosen: list[dict[str, Any]] = []
     visits: list[dict[str, Any]] = []
-    with _lines_to(options.out) as out:
+    with text_file_or_none(options.out) as out:
         for seen in _with_progress(replay):
             counter.add(seen)
             is_chosen = options.steps is not None and seen.number in options.steps
@@ -205,15 +205,6 @@ def _with_progress(replay: Replay) -> Iterator[SeenStep]:
     yield from tqdm(
         replay.steps(), total=total, desc="steps", unit="step", disable=not sys.stderr.isatty()
     )
-
-
-@contextmanager
-def _lines_to(path: Path | None) -> Iterator[TextIO | None]:
-    if path is None:
-        yield None
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        yield file
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -8,9 +8,11 @@ of the run lie in a JSON file; the same folder with other settings is refused.
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import fsspec.core
 
@@ -98,3 +100,13 @@ def claim_folder(folder: str, record_name: str, settings: dict[str, Any]) -> Non
 
 def _rename(filesystem: Any, inner: str) -> None:
     filesystem.mv(inner + PARTIAL, inner)
+
+
+@contextmanager
+def text_file_or_none(path: Path | None) -> Iterator[TextIO | None]:
+    """Open a UTF-8 file to be written, or give None where none is wanted."""
+    if path is None:
+        yield None
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        yield file
