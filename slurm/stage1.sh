@@ -2,6 +2,7 @@
 #SBATCH --job-name=lectern-stage1
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
 #SBATCH --nodes=1
 #SBATCH --exclusive
 #SBATCH --mem=0
@@ -21,4 +22,4 @@ fi
 # shellcheck source=slurm/lib.sh
 source "$lib"
 prepare
-train_stage configs/stage1.yaml "$@"
+exec "$python" -m launch.stage --default configs/stage1.yaml "$@"

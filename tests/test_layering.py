@@ -15,7 +15,14 @@ MAY_IMPORT = {
     "launch": {"data_tools", "train"},
     "benchmarks": {"data_tools", "train", "inference", "launch"},
 }
-LAUNCH_MAY_IMPORT = {"data_tools.errors", "train.config", "train.ranks", "train.status"}
+LAUNCH_MAY_IMPORT = {
+    "data_tools.errors",
+    "train.config",
+    "train.ownership",
+    "train.ranks",
+    "train.rendezvous",
+    "train.status",
+}
 NO_DEEPSPEED = ("train/modeling", "train/metrics", "train/generate.py", "inference", "data_tools")
 FILES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
 

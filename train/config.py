@@ -281,11 +281,20 @@ class EvaluationConfig(Section):
     casefold: bool = Field(default=False, description="compare without case (SROIE's labels)")
 
 
+class WatchdogConfig(Section):
+    """When a run counts as hanging; launch.watchdog then ends it, and a job is queued again."""
+
+    heartbeat_s: float = Field(default=5.0, gt=0, description="between two signs of life of a rank")
+    factor: float = Field(default=10.0, gt=1, description="a step may take so many median steps")
+    min_s: float = Field(default=900.0, gt=0, description="but never counts as hanging before")
+
+
 class MonitorConfig(Section):
-    """What TensorBoard and the log show."""
+    """What TensorBoard, the log and the watchdog show."""
 
     log_every: int = Field(default=10, gt=0, description="steps between log lines")
     num_images: int = Field(default=4, ge=0, description="pages with predicted and true text")
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
 
 
 class Config(Section):

@@ -7,6 +7,7 @@ parameter, into an unhooked copy on every rank; each rank reads its share of the
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from train.collectives import gather_json
 from train.config import Config
 from train.data import DataPath, storage_settings
 from train.engine import plain_copy
-from train.generate import greedy_decode
+from train.generate import DecodingStoppedError, greedy_decode
 from train.metrics import FieldReport, NormalizeOptions, TextReport, field_report, text_report
 from train.ranks import Ranks
 
@@ -96,10 +97,20 @@ class Evaluator:
         self._ids = data.validation_ids()
         self._copy: Any = None
 
-    def run(self, engine: Any) -> ValidationResult:
-        """Compute the held-out loss and read the sample."""
+    def run(
+        self, engine: Any, must_stop: Callable[[], bool] | None = None
+    ) -> ValidationResult | None:
+        """Compute the held-out loss and read the sample.
+
+        Args:
+            engine: whose weights are evaluated.
+            must_stop: True on any rank gives up; the result is then None on all of them.
+        """
         loss = self.loss(engine)
-        samples, images = self._read(engine)
+        reading = self._read(engine, must_stop)
+        if reading is None:
+            return None
+        samples, images = reading
         if not samples:
             raise ConfigError(
                 "data.validation: none of the evaluated samples can be read and has a legible "
@@ -141,29 +152,46 @@ class Evaluator:
         dist.all_reduce(sums)
         return float(sums[0] / sums[1].clamp(min=1))
 
-    def _read(self, engine: Any) -> tuple[list[ReadSample], dict[str, np.ndarray]]:
+    def _read(
+        self, engine: Any, must_stop: Callable[[], bool] | None
+    ) -> tuple[list[ReadSample], dict[str, np.ndarray]] | None:
         model = self._gather_copy(engine)
         mine = self._ids[self._ranks.rank :: self._ranks.world_size]
         cases = [case for case in map(self._case, mine) if case is not None]
-        config = self._config.evaluation
-        answers = greedy_decode(
-            model,
-            [prompt for _, prompt in cases],
-            normalizer=engine.module.normalizer,
-            eos_token_id=self._encoder.end_id,
-            pad_token_id=self._layout.pad_id,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-        )
-        own = [
-            dataclasses.asdict(dataclasses.replace(case, prediction=self._encoder.decode(ids)))
-            for (case, _), ids in zip(cases, answers, strict=True)
-        ]
-        parts = gather_json(own)
+        parts = gather_json(self._answers(model, engine.module.normalizer, cases, must_stop))
+        if None in parts:
+            return None
         longest = max(len(part) for part in parts)
         merged = [part[i] for i in range(longest) for part in parts if i < len(part)]
         images = {case.key: prompt.images[0] for case, prompt in cases if prompt.images}
         return [ReadSample(**record) for record in merged], images
+
+    def _answers(
+        self,
+        model: Any,
+        normalizer: Any,
+        cases: list[tuple[ReadSample, Prompt]],
+        must_stop: Callable[[], bool] | None,
+    ) -> list[dict[str, Any]] | None:
+        """Return the records of the samples with what the model reads; None if it must stop."""
+        config = self._config.evaluation
+        try:
+            answers = greedy_decode(
+                model,
+                [prompt for _, prompt in cases],
+                normalizer=normalizer,
+                eos_token_id=self._encoder.end_id,
+                pad_token_id=self._layout.pad_id,
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.batch_size,
+                must_stop=must_stop,
+            )
+        except DecodingStoppedError:
+            return None
+        return [
+            dataclasses.asdict(dataclasses.replace(case, prediction=self._encoder.decode(ids)))
+            for (case, _), ids in zip(cases, answers, strict=True)
+        ]
 
     def _case(self, sample_id: int) -> tuple[ReadSample, Prompt] | None:
         """Return a sample and its prompt; None where it cannot be decoded or its truth be read."""

@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 _IMAGE_TYPE = 1  # of `mm_token_type_ids`; 0 is text
 
 
+class DecodingStoppedError(Exception):
+    """Decoding was given up, as asked for."""
+
+
+class _Stopper:
+    """Ends every row of a batch; transformers' StoppingCriteria by its call alone."""
+
+    def __init__(self, must_stop: Callable[[], bool]) -> None:
+        self._must_stop = must_stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._must_stop(), device=input_ids.device)
+
+
 def greedy_decode(
     model: "Qwen2_5_VLForConditionalGeneration",
     prompts: Sequence[Prompt],
@@ -31,6 +45,7 @@ def greedy_decode(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[int], object] | None = None,
+    must_stop: Callable[[], bool] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt greedily.
 
@@ -43,10 +58,14 @@ def greedy_decode(
         max_new_tokens: limit of an answer.
         batch_size: prompts decoded together. The texts do not depend on it.
         on_batch: called with the number of prompts of each batch that is done.
+        must_stop: asked after every token; True gives up.
 
     Returns:
         For each prompt, in the input's order, the new ids without the end token. An answer is
         finished if it is shorter than `max_new_tokens`.
+
+    Raises:
+        DecodingStoppedError: if `must_stop` said so.
     """
     from transformers import GenerationConfig
 
@@ -59,6 +78,7 @@ def greedy_decode(
         pad_token_id=pad_token_id,
         use_cache=True,  # a trained model's config says no
     )
+    criteria = None if must_stop is None else [_Stopper(must_stop)]
     normalizer = normalizer.to(model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     # A hub folder samples by default, with a repetition penalty that damages digits and rules, and
@@ -70,7 +90,11 @@ def greedy_decode(
         for batch in _batches(prompts, batch_size):
             inputs = _inputs([prompts[i] for i in batch], model, normalizer, pad_token_id)
             with torch.inference_mode():
-                rows = cast(Any, model).generate(**inputs, generation_config=greedy)
+                rows = cast(Any, model).generate(
+                    **inputs, generation_config=greedy, stopping_criteria=criteria
+                )
+            if must_stop is not None and must_stop():
+                raise DecodingStoppedError
             start = inputs["input_ids"].shape[1]
             for number, row in zip(batch, rows[:, start:].tolist(), strict=True):
                 answers[number] = _until(row, ends)

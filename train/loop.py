@@ -3,22 +3,18 @@
 import contextlib
 import logging
 import math
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from data_tools import errors
 from data_tools.errors import (
     EXIT_AGAIN,
     EXIT_DONE,
     CheckpointError,
-    DataError,
     LaunchError,
     LecternError,
 )
@@ -33,15 +29,17 @@ from train.checkpoint import (
     read_manifest,
 )
 from train.checkpoint.settings import base_identity, save_settings
-from train.collectives import gather_json
+from train.collectives import gather_json, on_main
 from train.config import Config, write_config
 from train.data import DataPath, describe, open_data, prepare
 from train.engine import build_engine, start_distributed
 from train.evaluate import Evaluator
 from train.modeling.packed import layout_of
 from train.monitor import Monitor, start_logging
+from train.presence import Presence, appear
 from train.ranks import Ranks
 from train.shards import Shards
+from train.signals import StopSignal
 from train.stages import CollapseGuard, EarlyStopping, estimate_steps, lr_factor
 from train.statistics import StepStatistics, gradient_norms
 from train.status import read_status
@@ -51,7 +49,7 @@ logger = logging.getLogger(__name__)
 MAX_BAD_STEPS = 5  # steps in a row without a finite gradient
 
 
-def train(config: Config, shards: Shards, ranks: Ranks) -> int:
+def train(config: Config, shards: Shards, ranks: Ranks, stop: StopSignal) -> int:
     """Train a stage from where it stands; return the exit code.
 
     Raises:
@@ -68,42 +66,37 @@ def train(config: Config, shards: Shards, ranks: Ranks) -> int:
             )
         return EXIT_DONE
     device = start_distributed(config, ranks)
+    presence = appear(config, ranks, stop)
     checkpoint = newest_checkpoint(config.folder / "checkpoints")
+    presence.heart.phase("preparing the data")
     data = prepare_data(config, shards, ranks, checkpoint)
-    trainer = Trainer(config, data, build_engine(config, device), ranks, device)
+    presence.heart.phase("loading the model")
+    trainer = Trainer(config, data, build_engine(config, device), ranks, device, presence)
     trainer.resume(checkpoint)
     try:
         code = trainer.run()
     except BaseException as error:
-        trainer.monitor.status(state="failed", error=str(error) or type(error).__name__)
+        with contextlib.suppress(LaunchError):  # another start has taken over: nothing is written
+            trainer.monitor.status(state="failed", error=str(error) or type(error).__name__)
         raise
     finally:
         trainer.monitor.close()
+    presence.heart.close()
     dist.destroy_process_group()
     return code
 
 
 def prepare_data(config: Config, shards: Shards, ranks: Ranks, checkpoint: Path | None) -> DataPath:
     """Prepare the data on rank 0 while the others wait, then open it everywhere."""
-    # Measuring a large index takes longer than any step may: a group that waits.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
-    failure = None
-    if ranks.is_main:
+
+    def prepare_once() -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            saved = None
-            if checkpoint is not None:
-                saved = DataState.from_json(read_manifest(checkpoint).state["data"])
-            prepare(config, shards, saved)
-        except LecternError as error:
-            failure = [type(error).__name__, error.exit_code, str(error)]
-    failures = [found for found in gather_json(failure, patient) if found]
-    dist.destroy_process_group(patient)
-    if failures:
-        name, exit_code, message = failures[0]
-        stop: LecternError = getattr(errors, name, DataError)(message)
-        stop.exit_code = exit_code
-        raise stop
+        saved = None
+        if checkpoint is not None:
+            saved = DataState.from_json(read_manifest(checkpoint).state["data"])
+        prepare(config, shards, saved)
+
+    on_main(prepare_once)
     data = open_data(config)
     if ranks.is_main:
         for line in describe(data, ranks.world_size):
@@ -123,10 +116,17 @@ class Trainer:
     """One stage in motion."""
 
     def __init__(
-        self, config: Config, data: DataPath, engine: Any, ranks: Ranks, device: torch.device
+        self,
+        config: Config,
+        data: DataPath,
+        engine: Any,
+        ranks: Ranks,
+        device: torch.device,
+        presence: Presence,
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
         self.ranks, self.device = ranks, device
+        self.presence, self.heart = presence, presence.heart
         self.layout = layout_of(engine.module.model.config)
         self.total_steps = estimate_steps(config, data.num_samples, data.samples_per_pack())
         self.step = 0
@@ -138,11 +138,11 @@ class Trainer:
         self.executor: Executor = None  # type: ignore[assignment] # made by run()
         self.statistics = StepStatistics(ranks, device)
         self.monitor: Monitor = None  # type: ignore[assignment] # made by resume()
-        self._signal: int | None = None
         # For dropout in adapters, the only draw that training makes by itself.
         torch.manual_seed(hash_key(config.run.seed, "dropout", ranks.rank) >> 1)
         self._num_bad_steps = 0
         self._saved_step = self._evaluated_step = -1
+        self._owes_evaluation = False  # given up for a signal
         self._base = base_identity(config)
         self.saver = CheckpointSaver(
             engine,
@@ -150,13 +150,13 @@ class Trainer:
             save_settings(config),
             base=self._base,
             extra={"config": config.model_dump(mode="json")},
+            check_owner=presence.check_owner,
         )
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._on_signal)
 
     def resume(self, checkpoint: Path | None) -> None:
         """Take up a checkpoint, if there is one."""
         if checkpoint is not None:
+            self.heart.phase("loading the checkpoint")
             wanted = [dict(group) for group in self.engine.optimizer.param_groups]
             state = load_checkpoint(self.engine, checkpoint, base=self._base, is_checked=True)
             self._check_adapter(state)
@@ -166,6 +166,7 @@ class Trainer:
             self.state = self.data.plan.check(saved, self.data.sources)
             self.stopping.restore(state["stopping"])
             self.guard.restore(state["guard"])
+            self._owes_evaluation = state.get("owes_evaluation", False)
             if self.ranks.is_main:
                 logger.info("resumed at step %d from %s", self.step, checkpoint)
         if self.ranks.is_main:
@@ -176,6 +177,7 @@ class Trainer:
             is_main=self.ranks.is_main,
             start_step=self.step,
             total_steps=self.total_steps,
+            check_owner=self.presence.check_owner,
         )
         self.monitor.status(best_step=self.stopping.best_step)
 
@@ -183,25 +185,32 @@ class Trainer:
         """Train to the end of the stage, or to a signal; return the exit code."""
         pin = self.device.type != "cpu"
         self.executor = self.data.executor(self.state, self.layout, self.ranks, pin)
+        self.presence.stop.defer()
+        if self._owes_evaluation:
+            self._evaluate()
         with contextlib.closing(self.executor.steps()) as steps:
             return self._run(steps)
 
     def _run(self, steps: Iterator[StepBatches]) -> int:
         max_steps = self.config.stage.max_steps or math.inf
         while self.step < max_steps and not self.stopping.is_over:
+            self.heart.begin_step()
             with self.statistics.waiting():
                 step = next(steps, None)
             if step is None:
                 break
+            self.heart.phase("agreeing on the step")
             agreement = self._agree(step)
             if agreement.must_stop:
                 return self._stop_for_signal()
             if self.guard.is_due(self.step):
+                self.heart.phase("evaluating")
                 with self.statistics.aside():
                     self.guard.update(self.step, self.evaluator.loss(self.engine))
             self._train_step(step, agreement.weight_sum)
             self.step, self.state = self.step + 1, step.state
             self._report(step)
+            self.heart.end_step(self.step)
             with self.statistics.aside():
                 self._evaluate_and_save()
         return self._finish()
@@ -215,6 +224,7 @@ class Trainer:
         factor = lr_factor(self.step, self.total_steps, self.config.optim)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        self.heart.phase("forward and backward")
         for batch in step.batches:
             output = self.engine(batch.to(self.device))
             loss = output.weighted_sum * (self.ranks.world_size / weight_sum)
@@ -222,13 +232,14 @@ class Trainer:
             self.statistics.add(batch, output)
         if self._is_log_step(self.step + 1):
             self.statistics.norms = gradient_norms(self.engine)
+        self.heart.phase("optimizer step")
         self.engine.step()
         self._check_finite()
 
     def _agree(self, step: StepBatches) -> _Agreement:
         """Compare the plan over the ranks, add up the weights, and hear who was signalled."""
         plan = step.step.plan_hash
-        signalled = int(self._signal is not None)
+        signalled = int(self.presence.stop.has_come())
         numbers = torch.tensor([plan, -plan, signalled], dtype=torch.int64, device=self.device)
         weights = torch.tensor(
             sum(batch.weight_sum for batch in step.batches),
@@ -286,8 +297,15 @@ class Trainer:
             self._save()
 
     def _evaluate(self) -> bool:
-        """Evaluate; return whether this is the best step so far under early stopping."""
-        found = self.evaluator.run(self.engine)
+        """Evaluate; return whether this is the best step so far under early stopping.
+
+        A signal gives it up; the next start makes up for it before its first step.
+        """
+        self.heart.phase("evaluating")
+        found = self.evaluator.run(self.engine, self.presence.stop.has_come)
+        self._owes_evaluation = found is None
+        if found is None:
+            return False
         self._evaluated_step = self.step
         metric = self.config.evaluation.metric
         value = found.loss if metric == "loss" else found.text.cer.micro.value
@@ -323,6 +341,8 @@ class Trainer:
     def _finish(self) -> int:
         if self._evaluated_step != self.step:
             self._evaluate()
+        if self._owes_evaluation:
+            return self._stop_for_signal()
         self._save()
         self.saver.close()
         self.monitor.status(state="done", step=self.step)
@@ -341,12 +361,14 @@ class Trainer:
     def _save(self) -> None:
         if self.step in (0, self._saved_step):  # nothing has been trained, or nothing since
             return
+        self.heart.phase("saving")
         self._saved_step = self.step
         state = {
             "step": self.step,
             "data": self.state.to_json(),
             "stopping": self.stopping.state(),
             "guard": self.guard.state(),
+            "owes_evaluation": self._owes_evaluation,
             "adapter": self.config.model_dump(mode="json")["model"]["adapter"],
         }
         self.saver.save(self.step, state, best_step=self.stopping.best_step)
@@ -381,10 +403,6 @@ class Trainer:
                 f"{MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; "
                 "lower optim.lr and start again: it goes on from the newest checkpoint"
             )
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        """Note the signal; all ranks agree on it before the next step."""
-        self._signal = number
 
 
 def tuple_of(value: Any) -> Any:

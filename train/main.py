@@ -4,6 +4,7 @@
         --config configs/quickstart/stage1.yaml                                     # a laptop's CPU
     deepspeed train/main.py --config configs/stage1.yaml run.dir=runs/invoices      # one node
     sbatch slurm/stage1.sh configs/stage1.yaml run.dir=runs/invoices                # a cluster
+    srun --ntasks-per-node=8 .venv/bin/python train/main.py --config ...            # or by hand
     python train/main.py --config configs/stage1.yaml --dry-run                     # plan only
 
 Exit codes: 0 done; 2 something to change (config, path, world size, a collapsing stage); 65 the
@@ -23,6 +24,7 @@ from data_tools.errors import EXIT_DEFECT, LecternError
 from train.config import load_config
 from train.ranks import export_ranks, find_ranks, stop_all
 from train.shards import find_shards
+from train.signals import StopSignal
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "stage1.yaml"
 
@@ -53,9 +55,10 @@ def main() -> int:
 
             dry_run(config, shards)
             return 0
+        stop = StopSignal()
         from train.loop import train
 
-        return train(config, shards, ranks)
+        return train(config, shards, ranks, stop)
     except LecternError as error:
         stop_all(error, rank)
     except Exception:

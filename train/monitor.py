@@ -14,7 +14,7 @@ import socket
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data_tools.stream.planner import Step
+from train.ownership import write_json
 from train.status import read_status
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,27 @@ MAX_CAPTION_ROWS = 8
 
 
 class Monitor:
-    """Writes the files of RUN/stageN; does nothing on other ranks than 0."""
+    """Writes the files of RUN/stageN; does nothing on other ranks than 0.
 
-    def __init__(self, folder: Path, *, is_main: bool, start_step: int, total_steps: int) -> None:
+    Args:
+        folder: RUN/stageN.
+        is_main: whether this is rank 0.
+        start_step: the resumed step; what the files tell of later ones is cut.
+        total_steps: of the stage.
+        check_owner: raises where another start has taken the folder over; called before writing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        start_step: int,
+        total_steps: int,
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
         self._folder, self._is_main, self._total = folder, is_main, total_steps
+        self._check_owner = check_owner
         self._status: dict[str, Any] = {}
         self._is_disk_told = False
         if not is_main:
@@ -65,6 +83,7 @@ class Monitor:
         """Record one finished step's plan, its holes and, now and then, the data state."""
         if not self._is_main:
             return
+        self._check_owner()
         record: dict[str, Any] = {
             "step": step,
             "plan_hash": planned.plan_hash,
@@ -87,6 +106,7 @@ class Monitor:
         """Write values to TensorBoard and log.jsonl, and one line for people."""
         if not self._is_main:
             return
+        self._check_owner()
         with self._spared():
             self._append("log.jsonl", {"step": step, "time": round(time.time(), 3)} | values)
         with self._spared():
@@ -111,11 +131,10 @@ class Monitor:
         """Replace status.json atomically, with some of its values changed."""
         if not self._is_main:
             return
+        self._check_owner()
         self._status |= changes | {"total_steps": self._total, "time": round(time.time(), 3)}
-        temporary = self._folder / "status.json.tmp"
         with self._spared():
-            temporary.write_text(json.dumps(self._status, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self._folder / "status.json")
+            write_json(self._folder / "status.json", self._status)
 
     def close(self) -> None:
         """Flush everything."""

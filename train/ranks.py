@@ -11,6 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from data_tools.errors import LaunchError, LecternError
+from train.rendezvous import find_rendezvous
 
 SECONDS_FOR_RANK_0_TO_SPEAK = 5
 
@@ -37,8 +38,9 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     """Read the ranks that a launcher has set.
 
     torchrun and deepspeed set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*; under srun with one task
-    per rank they come from SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS, and the job script exports
-    MASTER_ADDR and MASTER_PORT. Without a launcher there is one rank.
+    per rank they come from SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS, and the rendezvous, where
+    no job script has exported it, from the first node and the job's id. Without a launcher there is
+    one rank.
 
     Raises:
         LaunchError: if the variables contradict each other or an address is missing.
@@ -58,19 +60,22 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     rank, local_rank, world_size, per_node_count = numbers
     if not 0 <= rank < world_size:
         raise LaunchError(f"{names[0]}={rank} with {names[2]}={world_size}; expected 0 to N - 1")
-    if world_size > 1 and "MASTER_ADDR" not in env:
+    address, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT", "29500")
+    if world_size > 1 and not address and "SLURM_STEP_ID" in env:
+        address, job_port = find_rendezvous(env)
+        port = env.get("MASTER_PORT", str(job_port))
+    if world_size > 1 and not address:
         raise LaunchError(
-            f"MASTER_ADDR is not set for {world_size} ranks; start with torchrun, deepspeed, or "
-            "one srun task per rank from slurm/stage1.sh, which exports it"
+            f"MASTER_ADDR is not set for {world_size} ranks; start with torchrun, deepspeed or "
+            "srun, one task a rank, as slurm/stage1.sh does"
         )
-    address, port = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
     cores = env.get("SLURM_CPUS_PER_TASK") if "RANK" not in env else None
     return Ranks(
         rank,
         local_rank,
         world_size,
         per_node_count,
-        address,
+        address or "127.0.0.1",
         _number("MASTER_PORT", port),
         _number("SLURM_CPUS_PER_TASK", cores) if cores else None,
     )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from data_tools.errors import LecternError
 from data_tools.stream.wire import can_travel, receive_now, send
 
-IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -1,6 +1,8 @@
 """The files of a run: cut at the resumed step, status replaced whole, pictures with text."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,11 +93,15 @@ def test_data_state_is_kept_every_thousand_steps(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = Monitor(tmp_path, is_main=True, start_step=0, total_steps=10)
     (tmp_path / "data.jsonl").symlink_to("/dev/full")
-    (tmp_path / "status.json.tmp").symlink_to("/dev/full")
+
+    def fail(path: Path, record: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("train.monitor.write_json", fail)
     for step in (1, 2):
         monitor.step(step, planned(step), [])
         monitor.scalars(step, {"train/loss": 1.0}, "line")

@@ -5,6 +5,7 @@ import pytest
 import train.ranks
 from data_tools.errors import ConfigError, LaunchError
 from train.ranks import Ranks, export_ranks, find_ranks, stop_all
+from train.rendezvous import first_host
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
@@ -40,6 +41,34 @@ def test_srun_with_one_task_per_rank() -> None:
         "MASTER_ADDR": "n1",
     }
     assert find_ranks(env) == Ranks(5, 1, 8, 4, "n1", 29500)
+
+
+def test_srun_alone_meets_at_the_first_node_at_a_port_of_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = {
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "12345",
+        "SLURM_STEP_NODELIST": "localhost,n[2-3]",
+    }
+    found = find_ranks(env)
+    assert (found.master_addr, found.master_port) == ("localhost", 22345)
+    assert find_ranks(env | {"SLURM_RESTART_COUNT": "1"}).master_port == 23345
+    assert find_ranks(env | {"MASTER_ADDR": "n9"}).master_addr == "n9"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LaunchError, match="name of node no-such-node does not resolve"):
+        find_ranks(env | {"SLURM_STEP_NODELIST": "no-such-node"})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [("n[007-010,12]", "n007"), ("gpu-a,gpu-b", "gpu-a"), ("n[1,3]-ib", "n1-ib"), ("n5", "n5")],
+)
+def test_the_first_node_of_slurms_lists(nodelist: str, first: str) -> None:
+    assert first_host(nodelist) == first
 
 
 def test_a_batch_shell_without_a_step_is_one_rank() -> None:

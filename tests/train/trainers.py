@@ -10,8 +10,10 @@ from train.checkpoint import newest_checkpoint
 from train.config import load_config
 from train.engine import build_engine, start_distributed
 from train.loop import Trainer, prepare_data
+from train.presence import appear
 from train.ranks import Ranks
 from train.shards import find_shards
+from train.signals import StopSignal
 
 
 def start(config_path: Path) -> Trainer:
@@ -21,9 +23,10 @@ def start(config_path: Path) -> Trainer:
     config = load_config(config_path)
     ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
     device = start_distributed(config, ranks)
+    presence = appear(config, ranks, StopSignal())
     checkpoint = newest_checkpoint(config.folder / "checkpoints")
     data = prepare_data(config, find_shards(config, ranks), ranks, checkpoint)
-    trainer = Trainer(config, data, build_engine(config, device), ranks, device)
+    trainer = Trainer(config, data, build_engine(config, device), ranks, device, presence)
     trainer.resume(checkpoint)
     return trainer
 

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -81,6 +81,7 @@ class CheckpointSaver:
         settings: how.
         base: where the frozen weights, which are not stored, come from.
         extra: further JSON for the record.
+        check_owner: raises where another start has taken the run over: then nothing is published.
 
     Attributes:
         blocked_s: how long training waited for the last save.
@@ -94,9 +95,10 @@ class CheckpointSaver:
         *,
         base: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._folder, self._settings = engine, folder, settings
-        self._base, self._extra = base, extra or {}
+        self._base, self._extra, self._check_owner = base, extra or {}, check_owner
         self._copy = HostCopy()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._running: deque[_Running] = deque()
@@ -187,7 +189,7 @@ class CheckpointSaver:
         final = self._folder / step_folder_name(step)
         doing = f"Saving {final}"
         busy = {running.name for running in self._running}
-        name = gather_json(together(lambda: prepare(final, busy) if rank == 0 else None, doing))[0]
+        name = gather_json(together(lambda: self._prepare(final, busy), doing))[0]
         if name is None:
             return
         try:
@@ -204,6 +206,12 @@ class CheckpointSaver:
             write_rank, snapshot, manifest, rank, destination, is_copied, before
         )
         self._running.append(_Running(step, name, future, is_copied))
+
+    def _prepare(self, final: Path, busy: Collection[str]) -> str | None:
+        if rank_and_world()[0] != 0:
+            return None
+        self._check_owner()
+        return prepare(final, busy)
 
     def _manifest(self, step: int, state: dict[str, Any]) -> Manifest:
         """Return the manifest without its shards."""
@@ -232,6 +240,7 @@ class CheckpointSaver:
             mirror=Mirror(settings.mirror) if settings.mirror else None,
             retention=Retention(settings.keep_last, settings.keep_every, best_step),
             timeout_s=settings.timeout_s,
+            check_owner=self._check_owner,
         )
 
     def _report_lost(self, step: int, problem: str) -> None:

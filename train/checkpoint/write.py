@@ -12,14 +12,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from data_tools.errors import CheckpointError
+from data_tools.errors import CheckpointError, LaunchError
 from train.checkpoint.files import BLOCK_BYTES, Crc32, Layout, write_safetensors
 from train.checkpoint.manifest import (
     Manifest,
@@ -49,6 +49,7 @@ class Destination:
         mirror: a second copy behind a URL; None: there is none.
         retention: what is deleted afterwards.
         timeout_s: how long rank 0 waits for the notes of the others.
+        check_owner: raises where another start has taken the run over.
     """
 
     temporary: Path
@@ -57,6 +58,7 @@ class Destination:
     mirror: Mirror | None
     retention: Retention
     timeout_s: float
+    check_owner: Callable[[], None] = lambda: None
 
 
 def write_rank(
@@ -181,8 +183,9 @@ def _finish(manifest: Manifest, destination: Destination) -> None:
     try:
         notes = _wait_for_notes(folder, manifest.world_size, destination.timeout_s)
         shards = [Shard(**note) for note in notes]
+        destination.check_owner()
         commit(folder, destination.final, replace(manifest, shards=shards))
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, LaunchError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(str(error)) from error
     delete_surplus(destination.final.parent, destination.retention, manifest.step)

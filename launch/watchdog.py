@@ -1,0 +1,225 @@
+"""Notice a run that hangs, name the rank that stopped first, show the others' stacks, end it.
+
+    python -m launch.watchdog RUN/stage1          # beside a run by hand: watches and tells
+    python -m launch.watchdog RUN/stage1 --kill   # and ends its ranks on this host
+
+The jobs of slurm/ watch by themselves. Each rank tells what it does, since when, and how long that
+may take (monitor.watchdog, train/heartbeat.py). A run hangs when a rank shows no sign of life for
+too long, or when no rank has begun anything new for longer than all of them may. Ages are measured
+by this process's clock, from when a file changed: the clocks of nodes differ.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import EXIT_DEFECT, EXIT_DONE, LaunchError, run_command
+from train.ownership import read_owner, start_folder
+from train.status import read_status
+
+LOOK_EVERY_S = 1.0
+ENDING = "ending"  # as train/heartbeat.py names the phase after which no sign of life comes
+DUMP_PATIENCE_S = 10.0
+INNER_FRAMES = 8  # of a main thread in the log, besides our own code; its file has everything
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What is known of a rank.
+
+    Attributes:
+        record: its last heartbeat.
+        silent_s: since that changed.
+        still_s: since the rank has begun something new.
+    """
+
+    record: dict[str, Any]
+    silent_s: float
+    still_s: float
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its heartbeat has stopped."""
+        return self.silent_s > self.record["silence_s"] and self.record["phase"] != ENDING
+
+    def __str__(self) -> str:
+        """Return who it is and what it was doing."""
+        record = self.record
+        return (
+            f"rank {record['rank']} on {record['host']} (process {record['pid']}), step "
+            f"{record['step']}, {record['phase']} for {self.still_s:.0f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A run that hangs.
+
+    Attributes:
+        first: the rank to look at first, and why.
+        reason: one sentence.
+        ranks: all of them.
+    """
+
+    first: Rank
+    reason: str
+    ranks: tuple[Rank, ...]
+
+
+def judge(ranks: Sequence[Rank]) -> Hang | None:
+    """Tell whether a run hangs, and which rank the others wait for.
+
+    Named is the rank whose heartbeat stopped first; where all hearts beat, the one that is behind:
+    in an earlier step or doing something else than most.
+    """
+    silent = sorted((rank for rank in ranks if rank.is_silent), key=lambda rank: -rank.silent_s)
+    if silent:
+        first = silent[0]
+        more = f" ({len(silent) - 1} more later)" if len(silent) > 1 else ""
+        reason = f"its heartbeat stopped first, {first.silent_s:.0f} s ago{more}"
+        return Hang(first, reason, tuple(ranks))
+    if not ranks or not all(_is_overdue(rank) for rank in ranks):
+        return None
+    phases = [rank.record["phase"] for rank in ranks]
+    common = max(sorted(set(phases)), key=phases.count)
+    behind = [rank for rank in ranks if rank.record["phase"] != common]
+    first = min(behind or ranks, key=lambda rank: (rank.record["step"], -rank.still_s))
+    if behind:
+        reason = f"{len(ranks) - len(behind)} of {len(ranks)} ranks are at: {common}"
+    else:
+        reason = f"every heart beats, all ranks are at: {common}; look at the network"
+    return Hang(first, reason, tuple(ranks))
+
+
+def _is_overdue(rank: Rank) -> bool:
+    allowed_s = rank.record["allowed_s"]
+    return allowed_s is not None and rank.still_s > allowed_s
+
+
+class Watchdog:
+    """Watches one start of a stage through the files of its ranks.
+
+    Args:
+        folder: RUN/stageN/starts/NAME.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder, self._clock = folder, clock
+        self._seen: dict[int, tuple[dict[str, Any], float, float]] = {}
+        self._next_look = 0.0
+
+    def look(self) -> Hang | None:
+        """Read the heartbeats, at most once a second; tell whether the run hangs."""
+        now = self._clock()
+        if now < self._next_look:
+            return None
+        self._next_look = now + LOOK_EVERY_S
+        for path in sorted(self._folder.glob("rank-*.json")):
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue  # looked at again in a second
+            number = record["rank"]
+            before, beaten, begun = self._seen.get(number, (None, now, now))
+            if before is None or before["time"] != record["time"]:
+                beaten = now
+            if before is None or _mark(before) != _mark(record):
+                begun = now
+            self._seen[number] = (record, beaten, begun)
+        ranks = [
+            Rank(record, now - beaten, now - begun) for record, beaten, begun in self._seen.values()
+        ]
+        return judge(sorted(ranks, key=lambda rank: rank.record["rank"]))
+
+
+def _mark(record: dict[str, Any]) -> tuple[int, str, float]:
+    return record["step"], record["phase"], record["since"]
+
+
+def report(hang: Hang, folder: Path, ask_for_stacks: Callable[[], None]) -> list[str]:
+    """Return the lines that tell of a hang, every rank's stacks among them.
+
+    Args:
+        hang: that was found.
+        folder: of the start.
+        ask_for_stacks: sends SIGUSR2 to all ranks.
+    """
+    paths = {r.record["rank"]: folder / f"stacks-{r.record['rank']:05d}.txt" for r in hang.ranks}
+    before = {number: _size(path) for number, path in paths.items()}
+    ask_for_stacks()
+    deadline = time.monotonic() + DUMP_PATIENCE_S
+    while time.monotonic() < deadline and not all(_size(p) > before[n] for n, p in paths.items()):
+        time.sleep(0.2)
+    time.sleep(0.2)  # the last one may still be writing
+    lines = [f"hang: {hang.first}: {hang.reason}"]
+    for rank in hang.ranks:
+        number = rank.record["rank"]
+        lines.append(f"--- {rank}")
+        stacks = paths[number].read_text(encoding="utf-8", errors="replace")[before[number] :]
+        lines += main_stack(stacks) or ["  no stacks: the process does not answer"]
+    lines.append(f"--- all stacks: {folder}/stacks-*.txt")
+    return lines
+
+
+def main_stack(stacks: str) -> list[str]:
+    """Return the main thread's innermost frames and, further out, those that are no library's.
+
+    Args:
+        stacks: as faulthandler writes them: threads apart, the main one last, inner frames first.
+    """
+    frames = re.split(r"^(?:Current t|T)hread .*$", stacks, flags=re.MULTILINE)[-1].splitlines()
+    frames = [frame for frame in frames if frame.strip()]
+    outer = [f for f in frames[INNER_FRAMES:] if "site-packages" not in f and "lib/python" not in f]
+    return frames[:INNER_FRAMES] + outer
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def main() -> int:
+    """Watch a run that was started by hand."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", type=Path, metavar="RUN/stageN")
+    parser.add_argument("--kill", action="store_true", help="end the ranks on this host")
+    arguments = parser.parse_args()
+    owner = read_owner(arguments.stage)
+    if owner is None:
+        raise LaunchError(f"{arguments.stage}: nothing has trained here yet; start it, then watch")
+    folder = start_folder(arguments.stage, owner.name)
+    watchdog = Watchdog(folder)
+    while read_status(arguments.stage).get("state", "running") == "running":
+        hang = watchdog.look()
+        if hang is not None:
+            print("\n".join(report(hang, folder, partial(signal_here, hang, signal.SIGUSR2))))
+            if arguments.kill:
+                signal_here(hang, signal.SIGKILL)
+            return EXIT_DEFECT
+        time.sleep(LOOK_EVERY_S)
+    print(f"{arguments.stage}: {read_status(arguments.stage)['state']}")
+    return EXIT_DONE
+
+
+def signal_here(hang: Hang, number: int) -> None:
+    """Send a signal to the ranks of a run that are on this host."""
+    for rank in hang.ranks:
+        if rank.record["host"] == socket.gethostname():
+            with suppress(ProcessLookupError):
+                os.kill(rank.record["pid"], number)
+
+
+if __name__ == "__main__":
+    run_command(main)
