@@ -1,6 +1,7 @@
 # make setup       .venv from requirements.lock (idempotent; every other target calls it)
 # make quickstart  train, export and score a tiny Qwen2.5-VL on this machine's CPU
 # make test        the fast tests; make test-all adds the campaigns of minutes
+# make test-slurm  all tests of the jobs, on a throw-away Slurm of their own; -core: ten minutes
 # make check       format, lint, types, layering, sizes, spelling, shell scripts
 # make bench       every benchmark (make bench-env first, for the columns of other programs)
 # make gpu-check   the benchmark of an NVIDIA GPU
@@ -12,8 +13,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements.lock)
 
-.PHONY: setup quickstart tiny-base test test-all test-slurm check format bench bench-env gpu-check \
-        lock clean
+.PHONY: setup quickstart tiny-base test test-all test-slurm test-slurm-core check format bench \
+        bench-env gpu-check lock clean
 
 setup: .venv/installed
 
@@ -35,10 +36,13 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not slurm" --timeout 3000
+	$(BIN)/python -m pytest -m "" --timeout 3000
 
 test-slurm: setup
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m "" tests/slurm
+
+test-slurm-core: setup
+	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -42,7 +42,7 @@ def test_the_code_of_the_rank_that_failed_first_is_kept(
     ranks = "sleep 0.$((SLURM_PROCID * 4)); exit $((2 + 141 * SLURM_PROCID))"
     with JobSignals().caught() as signals:
         code = run_step(["srun", *rank_command(["bash", "-c", ranks], tmp_path)], signals)
-    assert code == 143, "srun's own"
+    assert code == EXIT_AGAIN, "srun's own is 143, that of the rank it ended"
     assert first_failure(tmp_path) == 2
     assert step_id(tmp_path) == "12.7"
 

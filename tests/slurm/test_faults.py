@@ -133,3 +133,31 @@ srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec {python} -m torch.distribu
     assert job.wait(200) == ("COMPLETED", "0:0"), job.log
     manifest = read_manifest(find_checkpoint(tmp_path / "run/stage1/checkpoints", None))
     assert (manifest.step, manifest.world_size) == (3, 2)
+
+
+SICK = """
+import os, sys
+if os.environ.get("SLURMD_NODENAME") == "n1" and "launch.node_check" in sys.orig_argv:
+    os._exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_node_is_named_and_the_job_goes_on_elsewhere(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = tiny_run(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(SICK, encoding="utf-8")
+    job = submit_stage(
+        cluster,
+        config,
+        options=("--nodes=1", "--ntasks-per-node=1"),
+        LECTERN_PREFLIGHT="on",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert job.wait(200) == ("COMPLETED", "0:0"), job.log
+    assert f"job {job.number} avoids n1 from now on" in job.log
+    assert "1 ranks on 1 nodes (n2)" in job.log
+    first, second = read_starts(tmp_path / "run/stage1")
+    assert list(first.bad_nodes or {}) == ["n1"]
+    assert (first.nodes, second.nodes, second.action) == (("n1",), ("n2",), "done")
