@@ -110,26 +110,36 @@ def test_fake_gpus_give_one_rank_each_and_every_rank_sees_all_of_its_node(
     assert ranks == [f"{r} {r % 2} 4 n{1 + r // 2} 0,1" for r in range(4)]
 
 
+HEAD = """
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+getent hosts "$head" >/dev/null ||
+  head=$(scontrol -o show node "$head" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export head port=$((20000 + SLURM_JOB_ID % 10000))
+"""
+LAUNCHERS = {
+    "srun": "srun {python} train/main.py --config {config}",
+    "torchrun": HEAD
+    + """srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec {python} -m torch.distributed.run \\
+  --nnodes "$SLURM_NNODES" --nproc-per-node 1 --node-rank "$SLURM_NODEID" --rdzv-backend static \\
+  --master-addr "$head" --master-port "$port" train/main.py --config {config}'""",
+    "deepspeed": HEAD
+    + """scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots=1/' >{folder}/hosts
+srun --kill-on-bad-exit=1 bash -c 'exec $(dirname {python})/deepspeed --hostfile {folder}/hosts \\
+  --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$head" --master_port "$port" \\
+  train/main.py --config {config}'""",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_trainer_runs_under_other_launchers(
     cluster: Cluster, tmp_path: Path, launcher: str
 ) -> None:
-    """srun alone finds its rendezvous itself; torchrun is started as docs/slurm.md says."""
+    """srun alone finds its rendezvous itself; the others are started as docs/slurm.md says."""
     config = tiny_run(tmp_path)
     python = ENVIRONMENT["LECTERN_PYTHON"]
-    command = f"srun {python} train/main.py --config {config}"
-    if launcher == "torchrun":
-        command = f"""
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-getent hosts "$head" >/dev/null ||
-  head=$(scontrol -o show node "$head" | grep -oP 'NodeAddr=\\K\\S+')
-export head port=$((20000 + SLURM_JOB_ID % 10000))
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec {python} -m torch.distributed.run \\
-  --nnodes "$SLURM_NNODES" --nproc-per-node 1 --node-rank "$SLURM_NODEID" \\
-  --rdzv-backend static --master-addr "$head" --master-port "$port" \\
-  train/main.py --config {config}'"""
-    job = cluster.submit(TWO_NODES, f"#!/bin/bash\n{command}\n", env=ENVIRONMENT)
+    script = LAUNCHERS[launcher].format(python=python, config=config, folder=tmp_path)
+    job = cluster.submit(TWO_NODES, f"#!/bin/bash\n{script}\n", env=ENVIRONMENT)
     assert job.wait(200) == ("COMPLETED", "0:0"), job.log
     manifest = read_manifest(find_checkpoint(tmp_path / "run/stage1/checkpoints", None))
     assert (manifest.step, manifest.world_size) == (3, 2)
