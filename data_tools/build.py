@@ -3,11 +3,13 @@
     python -m data_tools.build DATA SHARDS
     python -m data_tools.build DATA/labels.jsonl SHARDS --shard-mb 500 --workers 32
     python -m data_tools.build DATA LINES --unit line --margin 3,2
+    python -m data_tools.build DATA SHARDS --part 3/16        # the fourth of 16 parts
 
 SHARDS/train-000000.tar and so on hold one sample a document, images byte for byte as they came;
 with `--unit line` one sample a text line, cut out of its page. Each shard gets its index. What
 cannot be used is listed in SHARDS/rejected.jsonl and counted at the end. Typed again after an
-interruption, the command goes on with the shards that are missing.
+interruption, the command goes on with the shards that are missing. With `--part K/N`, K from 0, a
+process builds its share of them; the part that finds all shards built writes the summary.
 """
 
 import argparse
@@ -81,7 +83,8 @@ def build(
     line_options: LineOptions | None = None,
     shard_bytes: int = 100_000_000,
     workers: int = 1,
-) -> Summary:
+    part: tuple[int, int] = (0, 1),
+) -> Summary | None:
     """Build the shards of a source into a folder, or what is missing of them.
 
     Args:
@@ -91,6 +94,10 @@ def build(
         line_options: cut pages into lines; None keeps whole pages.
         shard_bytes: size that shards aim at.
         workers: processes.
+        part: (K, N): build every N-th shard from the K-th on; other processes build the others.
+
+    Returns:
+        What was built, by all parts; None while shards of other parts are missing.
 
     Raises:
         ConfigError: if the format is unknown or `out` was begun with other settings.
@@ -117,9 +124,17 @@ def build(
         for name, shard in plan.items()
     ]
     make_folder(report_path(jobs[0].path).rsplit("/", 1)[0])
-    missing = [job for job in jobs if not exists(report_path(job.path))]
-    for _ in run_jobs(build_shard, missing, workers, "shards"):
+    number, num_parts = part
+    for _ in run_jobs(build_shard, _missing(jobs[number::num_parts]), workers, "shards"):
         pass
+    # A part writes its reports before it looks: whichever looks last finds all of them.
+    if num_missing := len(_missing(jobs)):
+        print(
+            f"part {number} of {num_parts} is built; {num_missing} of {len(jobs)} shards are still "
+            "missing, the last part writes the summary",
+            file=sys.stderr,
+        )
+        return None
     return _finish(out, jobs, len(documents) + _num_lost(refused), refused)
 
 
@@ -197,6 +212,13 @@ def _digest(documents: list[tuple[SourceDocument, int]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _missing(jobs: Sequence[ShardJob]) -> list[ShardJob]:
+    """Return the jobs whose shards are not finished."""
+    with ThreadPoolExecutor(_SIZE_THREADS) as threads:
+        are_done = list(threads.map(exists, [report_path(job.path) for job in jobs]))
+    return [job for job, is_done in zip(jobs, are_done, strict=True) if not is_done]
+
+
 def _finished_summary(out: str) -> Summary | None:
     path = join(out, SUMMARY_NAME)
     if not exists(path):
@@ -250,6 +272,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-mb", type=float, default=100.0, help="size that shards aim at")
     parser.add_argument("--workers", type=int, default=num_usable_cores())
     parser.add_argument(
+        "--part", metavar="K/N", default="0/1", help="build the share K of N, from 0"
+    )
+    parser.add_argument(
         "--margin",
         metavar="PX[,PX]",
         help=f"lines only: grow boxes by this, across and up and down (default {DEFAULT_MARGIN})",
@@ -281,6 +306,18 @@ def parse_margin(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """Return (K, N) from `K/N`.
+
+    Raises:
+        ConfigError: if it is not a share, counted from 0.
+    """
+    number, separator, count = text.partition("/")
+    if not (separator and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ConfigError(f"--part {text}: expected K/N with K from 0 to N - 1, as 0/16")
+    return int(number), int(count)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code.
 
@@ -298,7 +335,10 @@ def main(arguments: list[str] | None = None) -> int:
         line_options,
         round(options.shard_mb * 1e6),
         options.workers,
+        parse_part(options.part),
     )
+    if summary is None:
+        return 0
     print(summary)
     if summary.rejected_share > options.max_rejected:
         raise BadDataShareError(

@@ -2,19 +2,23 @@
 
 The folder may be an fsspec URL. A file is written under a temporary name and renamed when it is
 complete, so what stands under its final name is finished and a second run may skip it. The settings
-of the run lie in a JSON file; the same folder with other settings is refused.
+of the run lie in a JSON file; the same folder with other settings is refused. Several processes may
+fill one folder, each its own files; two that write one file at once must write the same bytes.
 """
 
+import glob
 import json
 import os
+import socket
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import fsspec.core
+from fsspec.implementations.local import LocalFileSystem
 
 from data_tools.errors import ConfigError
 from data_tools.sample import Sample
@@ -43,10 +47,8 @@ def make_folder(path: str) -> None:
 
 def write_file(path: str, content: bytes) -> None:
     """Write a file so that it appears under its name only when it is complete."""
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    with filesystem.open(inner + PARTIAL, "wb") as stream:
+    with _published(path) as stream:
         stream.write(content)
-    _rename(filesystem, inner)
 
 
 def write_shard(path: str, samples: Iterable[Sample]) -> int:
@@ -55,10 +57,9 @@ def write_shard(path: str, samples: Iterable[Sample]) -> int:
     The bytes of the tar depend on the samples alone (no time, no owner). Members stand together,
     images first, so that any WebDataset reader groups them by key.
     """
-    filesystem, inner = fsspec.core.url_to_fs(path)
     count = 0
     with (
-        filesystem.open(inner + PARTIAL, "wb") as stream,
+        _published(path) as stream,
         tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for sample in samples:
@@ -68,12 +69,13 @@ def write_shard(path: str, samples: Iterable[Sample]) -> int:
                 member.mode = 0o644
                 tar.addfile(member, BytesIO(content))
             count += 1
-    _rename(filesystem, inner)
     return count
 
 
 def claim_folder(folder: str, record_name: str, settings: dict[str, Any]) -> None:
     """Make `folder` and record the settings in it, or check that the recorded ones are the same.
+
+    Processes that start at once with the same settings all pass.
 
     Raises:
         ConfigError: if the folder was begun with other settings; the message names them.
@@ -82,7 +84,7 @@ def claim_folder(folder: str, record_name: str, settings: dict[str, Any]) -> Non
     path = join(folder, record_name)
     if not exists(path):
         write_file(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
-        return
+    # Read back even so: another process may have begun the folder at the same moment.
     with fsspec.open(path, "rt", encoding="utf-8") as stream:
         recorded = json.load(stream)
     wanted = json.loads(json.dumps(settings))
@@ -98,8 +100,27 @@ def claim_folder(folder: str, record_name: str, settings: dict[str, Any]) -> Non
         )
 
 
-def _rename(filesystem: Any, inner: str) -> None:
-    filesystem.mv(inner + PARTIAL, inner)
+@contextmanager
+def _published(path: str) -> Iterator[BinaryIO]:
+    """Open a file to be written that gets its name when it is complete.
+
+    The temporary name is the process's own. What earlier, interrupted writers of the same file left
+    is removed; so is the temporary file of one that writes at this moment, which then finds that
+    its file is there already.
+    """
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    partial = f"{inner}.{socket.gethostname()}-{os.getpid()}{PARTIAL}"
+    with filesystem.open(partial, "wb") as stream:
+        yield stream
+    try:
+        filesystem.mv(partial, inner)
+    except FileNotFoundError:
+        if not filesystem.exists(inner):
+            raise
+    if isinstance(filesystem, LocalFileSystem):
+        for left in glob.glob(f"{glob.escape(inner)}*{PARTIAL}"):
+            with suppress(FileNotFoundError):
+                os.remove(left)
 
 
 @contextmanager

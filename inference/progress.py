@@ -10,9 +10,11 @@ LOG_INTERVAL_S = 15.0
 
 
 class Progress:
-    """Counts what is done; a context manager."""
+    """Counts what is done, of a total if that is known; a context manager."""
 
-    def __init__(self, total: int, unit: str, *, log_interval_s: float = LOG_INTERVAL_S) -> None:
+    def __init__(
+        self, total: int | None, unit: str, *, log_interval_s: float = LOG_INTERVAL_S
+    ) -> None:
         self._total, self._unit, self._done = total, unit, 0
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, unit=unit, disable=not self._is_terminal)
@@ -25,7 +27,8 @@ class Progress:
         self._bar.update(count)
         if not self._is_terminal and time.monotonic() - self._last_s >= self._log_interval_s:
             self._last_s = time.monotonic()
-            print(f"{self._unit}s: {self._done} of {self._total}", file=sys.stderr, flush=True)
+            of_total = "" if self._total is None else f" of {self._total}"
+            print(f"{self._unit}s: {self._done}{of_total}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

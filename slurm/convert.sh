@@ -2,13 +2,14 @@
 #SBATCH --job-name=lectern-convert
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=4
 #
 # Export a stage to a Hugging Face folder; needs no GPU. Options are those of train.export.
 #
-#   sbatch slurm/convert.sh runs/invoices/stage1
+#   sbatch slurm/convert.sh configs/stage1.yaml run.dir=runs/invoices
 #   sbatch slurm/convert.sh runs/invoices/stage2 --step 1200 --out /models/invoices
 #
 # To be submitted from the clone. docs/slurm.md has the rest.
@@ -21,4 +22,4 @@ fi
 source "$lib"
 prepare
 [ $# -gt 0 ] || die "which stage? sbatch slurm/convert.sh RUN/stageN [options of train.export]"
-exec "$python" -m train.export "$@"
+exec "$python" -m launch.task "$python" -m launch.job_command convert "$@"

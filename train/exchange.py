@@ -1,5 +1,6 @@
 """Are all ranks there, and how fast are sums over them: arrival, latency, bandwidth."""
 
+import socket
 import time
 from datetime import timedelta
 
@@ -12,7 +13,6 @@ LATENCY_ROUNDS, BANDWIDTH_ROUNDS = 20, 5
 LARGE_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
 POLL_S = 0.05
 LEAVE_S = 5.0
-LINGER_S = 1.0  # rank 0 holds the list of arrivals, which the others are just reading
 
 
 def arrive(ranks: Ranks, timeout_s: float) -> tuple[dist.Store | None, list[int]]:
@@ -26,6 +26,8 @@ def arrive(ranks: Ranks, timeout_s: float) -> tuple[dist.Store | None, list[int]
         RuntimeError: on rank 0, if its port is taken.
     """
     deadline = time.monotonic() + timeout_s
+    if not ranks.is_main and not _answers(ranks.master_addr, ranks.master_port, deadline):
+        return None, [0]
     try:
         store = dist.TCPStore(
             ranks.master_addr,
@@ -40,9 +42,19 @@ def arrive(ranks: Ranks, timeout_s: float) -> tuple[dist.Store | None, list[int]
         if ranks.is_main:
             raise
         return None, [0]
-    if missing and ranks.is_main:
-        time.sleep(LINGER_S)
     return store, missing
+
+
+def _answers(host: str, port: int, deadline: float) -> bool:
+    """Wait until somebody listens there; the store's own patience is longer than it is told."""
+    while time.monotonic() < deadline:
+        try:
+            left_s = max(POLL_S, deadline - time.monotonic())
+            with socket.create_connection((host, port), timeout=left_s):
+                return True
+        except OSError:
+            time.sleep(POLL_S)
+    return False
 
 
 def leave(ranks: Ranks, store: dist.Store | None) -> None:

@@ -31,7 +31,9 @@ from train.ranks import Ranks, export_ranks, find_ranks
 
 EXIT_ALONE = 71
 DEFAULT_TIMEOUT_S = 60.0
-ARRIVAL_SHARE = 0.6  # of the time, after which who is not there is named
+ARRIVAL_SHARE = 0.7  # of the time that is left, after which who is not there is named
+# srun ends all ranks when the first one fails: until then the others must have said what they miss.
+LINGER_S = 2.0
 OWN_PHASES = ("start", "device", "kernels")  # a failure in them is this rank's own
 
 
@@ -146,7 +148,7 @@ def probe(ranks: Ranks, watch: Watch) -> int:
             return watch.fail(problem)
         if ranks.world_size > 1:
             watch.enter("arrival")
-            store, missing = exchange.arrive(ranks, watch.timeout_s * ARRIVAL_SHARE)
+            store, missing = exchange.arrive(ranks, ARRIVAL_SHARE * watch.left_s())
             if missing:
                 names = ", ".join(map(str, missing))
                 return watch.fail(f"ranks that did not arrive: {names}", missing)
@@ -193,9 +195,11 @@ def main() -> int:
         path = Path(options.json.replace("{rank}", f"{ranks.rank:05d}"))
     with Watch(Result(ranks.rank), path, options.timeout) as watch:
         code = probe(ranks, watch)
-        sys.stdout.flush()
-        # Without the clean-up of a process group in which somebody may be missing.
-        os._exit(code)
+    if code == EXIT_ALONE:
+        time.sleep(LINGER_S)
+    sys.stdout.flush()
+    # Without the clean-up of a process group in which somebody may be missing.
+    os._exit(code)
 
 
 if __name__ == "__main__":

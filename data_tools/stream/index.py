@@ -40,7 +40,7 @@ from data_tools.stream.shard_index import Keys, ShardIndex, reader
 from data_tools.stream.storage import shard_identity, shard_version
 
 __all__ = ["ShardChangedError", "ShardIndex", "beside", "expand", "index_shard", "index_shards",
-           "iterate_samples", "open_index", "same_shards"]  # fmt: skip
+           "iterate_samples", "open_beginning", "open_index", "same_shards"]  # fmt: skip
 
 INDEX_VERSION = "2"
 FINGERPRINT_BYTES = 65536
@@ -108,6 +108,26 @@ def open_index(shard: str, index_dir: str | None = None) -> ShardIndex:
     if stored is None:
         return index_shard(shard, index_dir=index_dir)
     return _shard_index(shard, *stored, _check_identity(shard, url, stored[1]))
+
+
+def open_beginning(shard: str, num_samples: int, index_dir: str | None = None) -> ShardIndex:
+    """Open the index of a shard; without one, look at its first samples only and store nothing.
+
+    Raises:
+        ShardChangedError: if the index belongs to another version of the shard.
+        DataError: if the index is damaged, or the shard holds no whole sample.
+        StorageError: if shard or index cannot be read.
+    """
+    url = index_path(shard, index_dir)
+    stored = _stored(url)
+    if stored is not None:
+        return _shard_index(shard, *stored, _check_identity(shard, url, stored[1]))
+    size, etag = reader.state_of(shard)
+    identity = _identity(shard, size, etag)
+    with reader.open(shard, shard_version(identity, etag), HEADERS_BLOCK_BYTES) as file:
+        found = scan(shard, file, size, checksums=False, limit=num_samples)
+    columns = found.columns() | _names(found)
+    return _shard_index(shard, columns, {"damage": found.damage, "identity": identity}, etag)
 
 
 def index_shards(
@@ -225,13 +245,7 @@ _COLUMNS = (
 
 def _file_of(found: Scan, metadata: dict[str, str]) -> bytes:
     """Return the content of an index file."""
-    keys = Keys.of(found.keys)
-    reasons = json.dumps(found.reasons, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    columns = found.columns() | {
-        "keys": keys.blob,
-        "key_end": keys.ends,
-        "reasons": np.frombuffer(reasons, np.uint8),
-    }
+    columns = found.columns() | _names(found)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
         specs = {name: (column.dtype, column.shape) for name, column in columns.items()}
@@ -239,6 +253,17 @@ def _file_of(found: Scan, metadata: dict[str, str]) -> bytes:
             for name, column in columns.items():
                 stored[name][:] = column
         return path.read_bytes()
+
+
+def _names(found: Scan) -> dict[str, np.ndarray]:
+    """Return the columns of what is text."""
+    keys = Keys.of(found.keys)
+    reasons = json.dumps(found.reasons, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return {
+        "keys": keys.blob,
+        "key_end": keys.ends,
+        "reasons": np.frombuffer(reasons, np.uint8),
+    }
 
 
 def _stored(url: str) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:

@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import IO
 
 import numpy as np
@@ -108,7 +109,9 @@ class _Found:
     num_chars: int
 
 
-def scan(shard: str, file: IO[bytes], size: int, *, checksums: bool) -> Scan:
+def scan(
+    shard: str, file: IO[bytes], size: int, *, checksums: bool, limit: int | None = None
+) -> Scan:
     """Walk over a tar.
 
     Args:
@@ -116,6 +119,7 @@ def scan(shard: str, file: IO[bytes], size: int, *, checksums: bool) -> Scan:
         file: the tar, which is sought in.
         size: of the tar in bytes.
         checksums: read everything, for the checksums; else headers and records only.
+        limit: stop after so many samples; None walks to the end.
 
     Raises:
         DataError: if the file is no tar, or damaged before its first sample ends.
@@ -123,7 +127,7 @@ def scan(shard: str, file: IO[bytes], size: int, *, checksums: bool) -> Scan:
     found = Scan()
     seen: set[str] = set()
     walk = _Walk(file, size)
-    for key, members, is_sure in walk:
+    for key, members, is_sure in islice(walk, limit):
         begin, end = members[0].offset, max(m.offset_data + m.size for m in members)
         if end > size:
             continue  # cut off, as the walk is about to say

@@ -1,7 +1,7 @@
 """What can be wrong with a sample, and the check of a piece of a shard for all of it."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_tools.errors import DataError, ShardChangedError
@@ -55,23 +55,27 @@ class CheckResult:
 
 def check_rows(job: CheckJob) -> CheckResult:
     """Read and check the samples of a job, images decoded."""
-    index = open_index(job.shard, job.index_dir)
+    return check_samples(open_index(job.shard, job.index_dir), range(job.first, job.stop))
+
+
+def check_samples(index: ShardIndex, wanted: Sequence[int]) -> CheckResult:
+    """Read and check some samples of a shard, images decoded."""
     reader = RangeReader()
     problems: list[Problem] = []
     num_images = 0
-    for first in range(job.first, job.stop, BATCH):
-        rows = range(first, min(first + BATCH, job.stop))
+    for first in range(0, len(wanted), BATCH):
+        rows = wanted[first : first + BATCH]
         try:
             contents = reader.read_many([index.byte_range(row) for row in rows])
         except ShardChangedError as error:
-            problems.append(Problem(job.shard, "", "shard", str(error)))
+            problems.append(Problem(index.path, "", "shard", str(error)))
             break
         for row, data in zip(rows, contents, strict=True):
             num_images += len(index.images(row))
             key = index.keys[row]
             found = check_sample(index, row, data)
-            problems += [Problem(job.shard, key, kind, text) for kind, text in found]
-    return CheckResult(job.stop - job.first, num_images, tuple(problems))
+            problems += [Problem(index.path, key, kind, text) for kind, text in found]
+    return CheckResult(len(wanted), num_images, tuple(problems))
 
 
 def check_sample(index: ShardIndex, row: int, data: bytes) -> Iterator[tuple[str, str]]:

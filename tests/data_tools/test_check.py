@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.check import main
+from data_tools.check import main, rows_of_sample, spread
 from data_tools.errors import ConfigError
 from data_tools.sample import Annotation, PageImage, Sample
 from data_tools.stream.index import open_index
@@ -143,3 +143,75 @@ def test_remote_shards_are_checked_like_local_ones(tmp_path: Path) -> None:
     with serve_folder(tmp_path / "shards") as server:
         arguments = [f"{server.url}/a.tar", "--index-dir", str(tmp_path / "indexes")]
         assert run(tmp_path, *arguments) == [("doc-0001", "text")]
+
+
+def sampled(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    code = main([*arguments, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert (code == 0) == record["is_clean"]
+    return record
+
+
+def test_a_sample_is_spread_over_all_shards() -> None:
+    few = spread(1000, 64)
+    assert len(few) == 64 and {0, 999} <= set(few) and set(few.values()) == {1}
+    assert max(b - a for a, b in zip(sorted(few), sorted(few)[1:], strict=False)) <= 16
+    assert spread(3, 64) == {0: 22, 1: 21, 2: 21} and spread(2, 2) == {0: 1, 1: 1}
+    assert spread(5, 1) == {0: 1} and spread(0, 64) == {}
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 1000])
+def test_a_sample_takes_different_rows_over_the_whole_shard(num_rows: int) -> None:
+    for shard in range(20):
+        rows = rows_of_sample(num_rows, 8, shard)
+        assert len(set(rows)) == len(rows) == min(8, num_rows)
+        assert all(0 <= row < num_rows for row in rows)
+    one_a_shard = [rows_of_sample(1000, 1, shard)[0] for shard in range(64)]
+    assert min(one_a_shard) < 30 and max(one_a_shard) > 970
+
+
+def test_a_sample_reads_so_many_and_finds_a_bad_one_among_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = dataclasses.replace(make_sample(99), annotations=(Annotation(" "),))
+    shards = [*write_shards(tmp_path, [9, 9]), str(write_shard(tmp_path / "z.tar", [bad]))]
+    record = sampled(capsys, *shards, "--sample", "8")
+    assert record["by_kind"]["text"]["first"]["key"] == "doc-0099"
+    assert record["samples"] == 7 and record["shards"] == 3
+    assert sampled(capsys, *shards[:2], "--sample", "8") == {
+        **record, "by_kind": {}, "problems": 0, "bad_samples": 0, "is_clean": True, "shards": 2,
+        "samples": 8, "images": 8,
+    }  # fmt: skip
+
+
+def test_a_sample_of_shards_without_index_reads_beginnings_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", [jpeg_sample(n, 640, 480) for n in range(6)])
+    for index in tmp_path.glob("*.index"):
+        index.unlink()
+    shard.write_bytes(shard.read_bytes()[:-400_000])  # what lies behind is not looked at
+    record = sampled(capsys, str(shard), "--sample", "2")
+    assert record["samples"] == 2 and record["is_clean"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_a_sample_names_a_shard_that_is_not_the_one_indexed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_shards(tmp_path, [3, 3])
+    open_index(shards[1])
+    Path(shards[1]).write_bytes(b"no tar at all" * 100)
+    record = sampled(capsys, *shards, "--sample", "64")
+    assert record["by_kind"]["shard"]["first"]["shard"] == shards[1]
+    assert record["samples"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--sample", "0"], "--sample must be"), (["--sample", "3", "--report", "x"], "--report")],
+)
+def test_wrong_options_of_a_sample_are_explained(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["a.tar", *options])

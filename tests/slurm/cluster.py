@@ -348,6 +348,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if reason := slurm_missing():
         sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes it down too
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     sizes = {"nodes": arguments.nodes, "gpus": arguments.gpus}
     with Cluster(folder, mode=arguments.mode, **sizes) as cluster:

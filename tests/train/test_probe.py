@@ -111,10 +111,10 @@ def test_a_rank_that_cannot_reach_rank_0_names_it(job: Job) -> None:
 
 def test_an_exchange_that_hangs_ends_at_the_timeout(job: Job) -> None:
     before_s = time.monotonic()
-    job.start(0, timeout_s=10)
+    job.start(0, timeout_s=16)
     job.start(1, [sys.executable, "-c", ARRIVES_ONLY])
     assert job.code(0) == EXIT_ALONE
-    assert time.monotonic() - before_s < 20
+    assert time.monotonic() - before_s < 26
     assert (job.result(0)["phase"], job.result(0)["state"]) == ("all-reduce", "alone")
 
 
