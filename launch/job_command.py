@@ -18,8 +18,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from data_tools.errors import ConfigError, LaunchError, run_command
-from launch.pipeline_config import load_pipeline
-from launch.plan import shard_arguments
+from launch.pipeline.config import load_pipeline
+from launch.pipeline.plan import shard_arguments
 from train.config import load_config
 
 MODULES = {

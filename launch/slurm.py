@@ -122,19 +122,32 @@ def show(job_id: str) -> dict[str, str]:
     Raises:
         SlurmError: if the controller does not answer.
     """
+    found = show_tasks(job_id)
+    return found[0] if found else {}
+
+
+def show_tasks(job_id: str) -> list[dict[str, str]]:
+    """Return what Slurm knows of each task of an array, or of a job that is none.
+
+    Raises:
+        SlurmError: if the controller does not answer.
+    """
     try:
         printed = ask("scontrol", "-o", "show", "job", job_id)
     except SlurmError as error:
         if _UNKNOWN_JOB.search(str(error)):
-            return {}
+            return []
         raise
-    line = printed.splitlines()[0] if printed.strip() else ""
-    return dict(re.findall(r"(?:^|\s)([A-Za-z_:/]+)=(\S*)", line))
+    fields = r"(?:^|\s)([A-Za-z_:/]+)=(\S*)"
+    return [dict(re.findall(fields, line)) for line in printed.splitlines() if line.strip()]
 
 
 def find(name: str) -> list[str]:
-    """Return the ids of this user's queued and running jobs of a name, oldest first."""
-    printed = ask("squeue", "-h", "-u", getpass.getuser(), "-n", name, "-o", "%A")
+    """Return the ids of this user's queued and running jobs of a name, oldest first.
+
+    An array is one job, whatever its tasks are called.
+    """
+    printed = ask("squeue", "-h", "-u", getpass.getuser(), "-n", name, "-o", "%F")
     return sorted(set(printed.split()), key=int)
 
 

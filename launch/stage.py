@@ -12,10 +12,10 @@ import os
 import time
 from pathlib import Path
 
-from data_tools.errors import EXIT_DEFECT, EXIT_DONE, run_command
+from data_tools.errors import EXIT_DEFECT, EXIT_DONE, EXIT_USER, run_command
 from launch import slurm
 from launch.allocation import Allocation, from_environment
-from launch.preflight import run_preflight
+from launch.preflight.run import run_preflight
 from launch.starts import STOP_FILE, StartRecord, count_failures, newest_step, read_starts
 from launch.step import (
     JobSignals,
@@ -27,13 +27,11 @@ from launch.step import (
     say,
     step_id,
 )
-from launch.verdict import Ended, Verdict, decide
+from launch.verdict import MAX_FAILURES, Ended, Verdict, decide
 from launch.watchdog import Hang, Watchdog, report
 from train.config import Config, load_config
 from train.ownership import START_VARIABLE, check_owner, claim, new_start
 from train.status import read_status
-
-MAX_FAILURES = 3
 
 
 class StageJob:
@@ -99,6 +97,8 @@ class StageJob:
             say(f"{line}")
         if found.exit_code == EXIT_DONE:
             return None
+        if found.exit_code == EXIT_USER:
+            return self._decide(EXIT_USER)
         self._bad_nodes = found.bad_nodes
         healthy = self._allocation.on(
             [n for n in self._allocation.nodes if n not in found.bad_nodes]

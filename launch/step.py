@@ -22,8 +22,8 @@ from launch.verdict import Ending, ending_of
 POLL_S = 0.2
 LEAVE_PATIENCE_S = 900  # for Slurm to end this process; its KillWait is 30 s by default
 RANK_SCRIPT = "slurm/rank.sh"
-# A rank that a stop signal ended before it could catch it had nothing to save yet.
-_STOPPED_EARLY = (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+# What a stop signal ended before it could catch it had nothing to save yet.
+STOPPED_EARLY = (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 
 
 class JobSignals:
@@ -72,7 +72,7 @@ def run_step(
     environment: Mapping[str, str] | None = None,
     look: Callable[[], None] | None = None,
 ) -> int:
-    """Run a step to its end and return srun's exit code, 128 + N for a signal but a stop signal.
+    """Run a step to its end and return srun's exit code, 128 + N for a signal.
 
     Args:
         command: of srun.
@@ -90,8 +90,7 @@ def run_step(
         if look is not None:
             look()
         time.sleep(POLL_S)
-    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-    return EXIT_AGAIN if code in _STOPPED_EARLY else code
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def find_ending(allocation: Allocation, signals: JobSignals) -> Ending:
@@ -117,7 +116,7 @@ def first_failure(folder: Path) -> int | None:
     failed = [int(line) for line in codes.read_text().split() if line != "0"]
     if not failed:
         return None
-    return EXIT_AGAIN if failed[0] in _STOPPED_EARLY else failed[0]
+    return EXIT_AGAIN if failed[0] in STOPPED_EARLY else failed[0]
 
 
 def step_id(folder: Path) -> str | None:

@@ -1,17 +1,20 @@
-"""Run any other command as a job: warned of its end it may save, and is queued again on code 75.
+"""Run any other command as a job: warned of its end it may save, interrupted it is queued again.
 
     python -m launch.task COMMAND ARGUMENT ...      # what slurm/convert.sh and the like end with
 
 One task on the first node, with all of its GPUs and cores, in the container that the site names.
-The command's exit code is the job's. It must be one that goes on where it was interrupted.
+The command's exit code is the job's, but for 75 (saved, start me again) and for what Slurm ends:
+then the job goes back into the queue. A command that does not save and reaches its time limit is
+started LECTERN_MAX_FAILURES times.
 """
 
+import os
 import sys
 
 from data_tools.errors import EXIT_AGAIN, LaunchError, run_command
 from launch.allocation import from_environment
-from launch.step import JobSignals, find_ending, put_back, run_step, say
-from launch.verdict import Ended, decide
+from launch.step import STOPPED_EARLY, JobSignals, find_ending, put_back, run_step, say
+from launch.verdict import MAX_FAILURES, Ended, Ending, Verdict, decide
 
 
 def run_task(command: list[str]) -> int:
@@ -27,11 +30,28 @@ def run_task(command: list[str]) -> int:
     with JobSignals().caught() as signals:
         code = run_step(node.step(command, per_node=1), signals)
         ending = find_ending(allocation, signals)
-        if code != EXIT_AGAIN and not ending:
+        if not ending and code not in (EXIT_AGAIN, *STOPPED_EARLY):
             return code
-        verdict = decide(Ended(EXIT_AGAIN, ending=ending), num_failures=0, max_failures=1)
+        verdict = judge(code, ending, allocation.restart)
         say(f"{verdict.action}: {verdict.reason}")
+        if verdict.action == "stop":
+            return verdict.exit_code
         return put_back(verdict.action == "requeue")
+
+
+def judge(code: int, ending: Ending, restart: int) -> Verdict:
+    """Return what becomes of a job whose command was interrupted.
+
+    Args:
+        code: of the command.
+        ending: what Slurm does to the job.
+        restart: how often it was requeued before.
+    """
+    if ending == "time limit" and code != EXIT_AGAIN:
+        problem = "the time limit came before the end; ask for more with sbatch --time"
+        max_failures = int(os.environ.get("LECTERN_MAX_FAILURES") or MAX_FAILURES)
+        return decide(Ended(code, problem=problem), restart, max_failures)
+    return decide(Ended(EXIT_AGAIN, ending=ending), num_failures=0, max_failures=1)
 
 
 def main() -> int:

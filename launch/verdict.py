@@ -7,6 +7,7 @@ from typing import Literal
 
 from data_tools.errors import EXIT_AGAIN, EXIT_DATA, EXIT_DEFECT, EXIT_DONE, EXIT_USER
 
+MAX_FAILURES = 3  # unless LECTERN_MAX_FAILURES says otherwise
 PERMANENT_CODES = {
     EXIT_USER: "something to change, see the message above",
     EXIT_DATA: "the data is bad beyond data.max_hole_share",

@@ -79,7 +79,12 @@ def test_packages_import_without_heavy_ones() -> None:
 
 
 def test_launch_and_argument_checks_load_no_torch() -> None:
-    assert "torch" not in loaded_by("import launch.chain, launch.quickstart")
+    assert "torch" not in loaded_by("import launch.chain, launch.quickstart, launch.watchdog")
+    assert "torch" not in loaded_by("import launch.pipeline.__main__, launch.preflight.__main__")
+    assert "torch" not in loaded_by("import launch.preflight.node_check")
+    assert "torch" not in loaded_by(
+        "import launch.stage, launch.task, launch.job_command, launch.preflight.node_check"
+    )
     assert "torch" not in loaded_by("import train.config, train.ranks, train.shards")
 
 

@@ -6,6 +6,7 @@ the weights that no engine has hooked.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -67,26 +68,12 @@ def greedy_decode(
     Raises:
         DecodingStoppedError: if `must_stop` said so.
     """
-    from transformers import GenerationConfig
-
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    greedy = GenerationConfig(
-        do_sample=False,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad_token_id,
-        use_cache=True,  # a trained model's config says no
-    )
+    greedy = _settings(max_new_tokens, sorted(ends), pad_token_id)
     criteria = None if must_stop is None else [_Stopper(must_stop)]
     normalizer = normalizer.to(model.device)
     answers: list[list[int]] = [[] for _ in prompts]
-    # A hub folder samples by default, with a repetition penalty that damages digits and rules, and
-    # `generate` fills every gap of ours from there, or warns of what it then ignores.
-    saved, was_training = model.generation_config, model.training
-    model.generation_config = GenerationConfig()
-    model.eval()
-    try:
+    with _without_defaults(model):
         for batch in _batches(prompts, batch_size):
             inputs = _inputs([prompts[i] for i in batch], model, normalizer, pad_token_id)
             with torch.inference_mode():
@@ -100,10 +87,39 @@ def greedy_decode(
                 answers[number] = _until(row, ends)
             if on_batch is not None:
                 on_batch(len(batch))
+    return answers
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """Put the model into evaluation mode, its folder's generation settings out of the way.
+
+    A hub folder samples by default, with a repetition penalty that damages digits and rules, and
+    `generate` fills every gap of ours from there, or warns of what it then ignores.
+    """
+    from transformers import GenerationConfig
+
+    saved, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
     finally:
         model.generation_config = saved
         model.train(was_training)
-    return answers
+
+
+def _settings(max_new_tokens: int, ends: list[int], pad_token_id: int) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad_token_id,
+        use_cache=True,  # a trained model's config says no
+    )
 
 
 def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ elif name == "squeue":
     wanted = words[words.index("-n") + 1]
     for number, job in jobs.items():
         if job["JobName"] == wanted and job["JobState"] in ("PENDING", "RUNNING"):
-            print(number)
+            print(job.get("ArrayJobId", number))
 elif name == "scontrol":
     tasks = [j for n, j in jobs.items() if words[-1] in (n, j.get("ArrayJobId"))]
     if not tasks:

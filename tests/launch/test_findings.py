@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.findings import (
+from launch.preflight.findings import (
     NodeAnswer,
     Report,
     Verdict,
@@ -17,7 +17,7 @@ from launch.findings import (
     judge_node,
     judge_world,
 )
-from launch.probe_findings import judge_probe
+from launch.preflight.probe_findings import judge_probe
 
 GPU = {"index": "0", "name": "NVIDIA H100", "driver": "570.1", "memory_mib": 81559, "used_mib": 4,
        "ecc_errors": 0}  # fmt: skip

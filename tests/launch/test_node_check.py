@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import node_check
-from launch.node_check import (
+from launch.preflight import node_check
+from launch.preflight.node_check import (
     check_node,
     clear_locks,
     digest_code,
@@ -147,7 +147,7 @@ def test_a_model_is_read_and_measured(tmp_path: Path) -> None:
 @pytest.mark.timeout(60)
 def test_the_command_is_quick_and_loads_no_tensors(tmp_path: Path) -> None:
     code = (
-        "import sys; from launch.node_check import main; sys.argv[1:] = "
+        "import sys; from launch.preflight.node_check import main; sys.argv[1:] = "
         f"['--folder', {str(tmp_path / 'run')!r}]; main(); assert 'torch' not in sys.modules"
     )
     before_s = time.monotonic()

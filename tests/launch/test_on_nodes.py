@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from launch.on_nodes import Step, labelled
+from launch.preflight.on_nodes import Step, labelled
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from data_tools.errors import ConfigError, LaunchError
-from launch import pipeline, pipeline_local, pipeline_submit
-from launch.pipeline_record import job_name
-from launch.pipeline_status import chain_status, duration, seconds_per_step
+from launch.pipeline import __main__ as pipeline
+from launch.pipeline import local as pipeline_local
+from launch.pipeline import submit as pipeline_submit
+from launch.pipeline.record import job_name
+from launch.pipeline.status import chain_status, duration, seconds_per_step
 from launch.process import ROOT
 from tests.builders import write_run
 from tests.launch.chains import NUM_HELD_OUT, write_chain
@@ -394,7 +396,7 @@ def test_status_adds_up_the_tasks_of_an_array(
 def test_status_works_from_files_alone(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.pipeline_status.is_available", lambda: False)
+    monkeypatch.setattr("launch.pipeline.status.is_available", lambda: False)
     write_progress(config.parent / "run" / "stage1")
     call(config, "status")
     out = capsys.readouterr().out

@@ -9,8 +9,8 @@ import yaml
 
 from data_tools.errors import ConfigError, LaunchError
 from launch.job_command import part_of_array, resolve
-from launch.pipeline_config import load_pipeline
-from launch.plan import Plan, check_paths, load_plan
+from launch.pipeline.config import load_pipeline
+from launch.pipeline.plan import Plan, check_paths, load_plan
 from launch.process import ROOT
 from tests.builders import run_record, write_run
 from train.config import load_config

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from launch.task import judge
 from launch.verdict import Ended, Ending, decide, ending_of
 
 
@@ -79,3 +80,20 @@ def test_nothing_but_a_done_stage_ends_with_code_0() -> None:
         verdict = decide(ended, 0, 3)
         assert verdict.exit_code != 0, ended
         assert verdict.action != "done", ended
+
+
+@pytest.mark.parametrize(
+    ("code", "ending", "restart", "action"),
+    [
+        (75, "time limit", 9, "requeue"),  # saved: goes on as often as it takes
+        (143, "time limit", 0, "requeue"),  # one that goes on with what is missing
+        (143, "time limit", 2, "stop"),  # one that never gets through
+        (143, "", 0, "requeue"),  # preemption tells the steps first
+        (75, "requeued", 0, "leave"),
+        (143, "cancelled", 0, "leave"),
+    ],
+)
+def test_what_becomes_of_other_commands(
+    code: int, ending: Ending, restart: int, action: str
+) -> None:
+    assert judge(code, ending, restart).action == action

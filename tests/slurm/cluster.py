@@ -38,7 +38,8 @@ PROGRAMS = {
     "munged": "munge",
 }
 MODES = ("loopback", "netns")
-FOREIGN = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_")  # of the job or site that the tests run in
+# Variables of the job or site that the tests run in, and of the harness, which keeps to loopback.
+FOREIGN = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "GLOO_")
 MAX_FOLDER = 70  # characters; the path of a unix socket may have 107
 USABLE = {"idle", "mixed", "allocated"}
 BRING_UP_S, END_S = 40.0, 20.0

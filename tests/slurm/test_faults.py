@@ -147,7 +147,7 @@ def test_the_trainer_runs_under_other_launchers(
 
 SICK = """
 import os, sys
-if os.environ.get("SLURMD_NODENAME") == "n1" and "launch.node_check" in sys.orig_argv:
+if os.environ.get("SLURMD_NODENAME") == "n1" and "launch.preflight.node_check" in sys.orig_argv:
     os._exit(1)
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.pipeline_record import job_name
+from launch.pipeline.record import job_name
 from tests.inference.oracle import export_tiny, page, png
 from tests.launch.chains import figures, write_chain
 from tests.launches import BIN, ROOT, run

@@ -67,7 +67,7 @@ def test_two_nodes_that_are_well(cluster: Cluster, config: Path, tmp_path: Path)
 def test_a_node_that_gives_no_answer_is_named_and_the_others_are_probed(
     cluster: Cluster, config: Path
 ) -> None:
-    job = run(cluster, config, ("launch.node_check", "time.sleep(600)"))
+    job = run(cluster, config, ("launch.preflight.node_check", "time.sleep(600)"))
     assert job.wait() == ("FAILED", "70:0"), job.log
     found = verdicts(job)
     assert found["answer", "n2"][0] == "FAIL" and "no answer within" in found["answer", "n2"][1]
@@ -90,7 +90,7 @@ def test_a_skewed_clock_and_other_packages_are_found_from_the_other_node(
         "t = time.time; time.time = lambda: t() + 100; import importlib.metadata as m; "
         "d = m.distributions; m.distributions = lambda: list(d())[1:]"
     )
-    job = run(cluster, config, ("launch.node_check", change))
+    job = run(cluster, config, ("launch.preflight.node_check", change))
     assert job.wait() == ("FAILED", "2:0"), job.log  # the packages are the user's
     found = verdicts(job)
     assert found["clock", "n2"][0] == "FAIL" and "s ahead" in found["clock", "n2"][1]

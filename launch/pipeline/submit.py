@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.errors import EXIT_AGAIN, EXIT_DONE, ConfigError, LaunchError
-from launch.pipeline_jobs import (
+from launch.pipeline.jobs import (
     Action,
     Known,
     check_waited_for,
@@ -20,7 +20,8 @@ from launch.pipeline_jobs import (
     next_actions,
     view_of,
 )
-from launch.pipeline_record import (
+from launch.pipeline.plan import Job, Plan, check_paths
+from launch.pipeline.record import (
     Record,
     Submitted,
     git_revision,
@@ -30,7 +31,6 @@ from launch.pipeline_record import (
     log_pattern,
     read_record,
 )
-from launch.plan import Job, Plan, check_paths
 from launch.process import ROOT
 from launch.slurm import cancel, submit
 

@@ -1,7 +1,7 @@
 """Look at the node this runs on, before ranks are started there: JSON out, no tensors, no verdict.
 
-    python -m launch.node_check
-    srun --ntasks-per-node=1 python -m launch.node_check --folder runs/invoices/stage1
+    python -m launch.preflight.node_check
+    srun --ntasks-per-node=1 python -m launch.preflight.node_check --folder runs/invoices/stage1
 
 It reports GPUs (as nvidia-smi tells), free space, whether the run folder takes and keeps a file,
 the clock, the cores, what code and packages would run, and the model's files. Locks that a killed
@@ -242,7 +242,7 @@ def _is_open(path: Path) -> bool:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.node_check",
+        prog="python -m launch.preflight.node_check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,16 +3,15 @@
 `find_jobs` asks Slurm; what follows from the answers is decided by pure functions.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from data_tools.errors import EXIT_AGAIN, EXIT_DATA, EXIT_USER, LaunchError
-from launch.pipeline_record import Record, Submitted, job_name, log_name
-from launch.plan import Job, Plan
-from launch.slurm import ACTIVE_STATES, SlurmError, ask, find, show
+from launch.pipeline.plan import Job, Plan
+from launch.pipeline.record import Record, Submitted, job_name, log_name
+from launch.slurm import ACTIVE_STATES, SlurmError, find, show, show_tasks
 
 Action = Literal["skip", "keep", "submit", "replace"]
 UNKNOWN = "UNKNOWN"  # Slurm has forgotten the job: it forgets a while after the end
@@ -103,12 +102,7 @@ def view_of(job_id: str, name: str) -> View:
     Raises:
         SlurmError: if Slurm does not answer.
     """
-    about = show(job_id)
-    array_id = about.get("ArrayJobId")
-    if array_id is None:
-        return merge_tasks(job_id, name, [about])
-    printed = ask("scontrol", "-o", "show", "job", array_id)
-    return merge_tasks(array_id, name, [_fields(line) for line in printed.splitlines()])
+    return merge_tasks(job_id, name, show_tasks(job_id))
 
 
 def merge_tasks(job_id: str, name: str, tasks: Sequence[Mapping[str, str]]) -> View:
@@ -142,10 +136,6 @@ def _exit_code(text: str) -> int:
     """Return the code of Slurm's CODE:SIGNAL, 128 + signal if a signal ended the job."""
     code, _, number = text.partition(":")
     return int(code) or (128 + int(number) if number not in ("", "0") else 0)
-
-
-def _fields(line: str) -> dict[str, str]:
-    return dict(re.findall(r"(?:^|\s)([A-Za-z_:/]+)=(\S*)", line))
 
 
 def next_actions(plan: Plan, known: Mapping[str, Known]) -> dict[str, Action]:

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.pipeline_jobs import UNKNOWN, Known, View, find_jobs
-from launch.pipeline_record import log_name, read_record
-from launch.plan import Job, Plan
+from launch.pipeline.jobs import UNKNOWN, Known, View, find_jobs
+from launch.pipeline.plan import Job, Plan
+from launch.pipeline.record import log_name, read_record
 from launch.slurm import SlurmError, is_available
 from train.status import read_status
 

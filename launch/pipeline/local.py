@@ -3,10 +3,10 @@
 import shlex
 
 from data_tools.errors import EXIT_DONE, LaunchError
-from launch.pipeline_jobs import find_jobs
-from launch.pipeline_record import hold_lock, read_record
-from launch.pipeline_submit import STOP_FILE
-from launch.plan import Job, Plan, check_paths
+from launch.pipeline.jobs import find_jobs
+from launch.pipeline.plan import Job, Plan, check_paths
+from launch.pipeline.record import hold_lock, read_record
+from launch.pipeline.submit import STOP_FILE
 from launch.process import python, run, train_command
 from launch.slurm import is_available
 

@@ -1,26 +1,16 @@
-"""Look at nodes, data and the network before a stage trains; one verdict a line, in a minute.
+"""Run the preflight: children on every node, each with its time limit, and their answers.
 
-    python -m launch.preflight configs/stage1.yaml run.dir=runs/invoices          # this machine
-    salloc --nodes=2 --gpus-per-node=8 .venv/bin/python -m launch.preflight configs/stage1.yaml
-
-In a job every node is looked at (`launch.node_check`), then the ranks meet on those that are well
-(`train.probe`) while each node reads some samples (`data_tools.check`). Everything has its time
-limit: what hangs is a verdict. slurm/stage1.sh and stage2.sh do this by themselves;
-LECTERN_PREFLIGHT=off leaves it out, LECTERN_PREFLIGHT_S changes the minute.
-
-Exit codes: 0 ready; 2 the user must change something; 70 a node or the network cannot be used.
+In a job every node is looked at (`launch.preflight.node_check`), then the ranks meet on those that
+are well (`train.probe`) while each node reads some samples (`data_tools.check`).
 """
 
-import argparse
 import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import ConfigError, run_command
-from launch.allocation import Allocation, from_environment
-from launch.findings import (
+from data_tools.errors import ConfigError
+from launch.allocation import Allocation
+from launch.preflight.findings import (
     NodeAnswer,
     Report,
     Verdict,
@@ -41,8 +31,8 @@ from launch.findings import (
     judge_node,
     judge_world,
 )
-from launch.on_nodes import Answer, Answers, Step, labelled
-from launch.probe_findings import judge_probe
+from launch.preflight.on_nodes import Answer, Answers, Step, labelled
+from launch.preflight.probe_findings import judge_probe
 from train.config import Config, load_config
 from train.ranks import free_port
 
@@ -154,7 +144,7 @@ def _look_at_nodes(
     wanted = _wanted(config, place.allocation)
     limit_s = NODES_SHARE * (deadline - time.monotonic())
     token = config.folder / f".preflight-{secrets.token_hex(8)}"
-    arguments = ["launch.node_check", "--folder", str(config.folder.absolute())]
+    arguments = ["launch.preflight.node_check", "--folder", str(config.folder.absolute())]
     arguments += ["--model", os.path.abspath(config.model.path), "--token", token.name]
     with suppress(OSError):  # every node says of the folder what is the matter
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -292,34 +282,3 @@ def _write(path: Path, report: Report) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def main() -> int:
-    """Run the preflight and print its verdicts; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.preflight",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML of the stage")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--json", action="store_true", help="print a JSON record")
-    options = parser.parse_intermixed_args()
-    allocation = None
-    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
-        allocation = from_environment()
-        job = f"preflight-{allocation.job}.{allocation.restart}"
-        folder = load_config(options.config, options.overrides).folder / "starts" / job
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="lectern-preflight-"))
-    try:
-        report = run_preflight(options.config, options.overrides, allocation, folder)
-    finally:
-        if allocation is None:
-            shutil.rmtree(folder)
-    print(json.dumps(report.to_json(), indent=2) if options.json else report)
-    return report.exit_code
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -16,10 +16,10 @@ import os
 import sys
 
 from data_tools.errors import EXIT_DONE, ConfigError, LaunchError, run_command
-from launch.pipeline_local import run_here, show_commands_here
-from launch.pipeline_status import as_json, chain_status, table
-from launch.pipeline_submit import cancel_chain, show_commands, submit_chain
-from launch.plan import load_plan
+from launch.pipeline.local import run_here, show_commands_here
+from launch.pipeline.plan import load_plan
+from launch.pipeline.status import as_json, chain_status, table
+from launch.pipeline.submit import cancel_chain, show_commands, submit_chain
 from launch.process import ROOT
 from launch.slurm import is_available
 

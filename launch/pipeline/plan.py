@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 
 from data_tools.errors import ConfigError
-from launch.pipeline_config import (
+from launch.pipeline.config import (
     ConvertSection,
     EvaluateSection,
     Pipeline,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.findings import EVERYWHERE, SLOW_GB_S, Verdict
+from launch.preflight.findings import EVERYWHERE, SLOW_GB_S, Verdict
 
 PHASES = ("start", "device", "kernels", "arrival", "all-reduce", "done")
 BEST_KERNELS = ("flash_attention_2", "varlen")  # in the order in which `auto` takes them

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import LaunchError
-from launch.plan import Job, Plan
+from launch.pipeline.plan import Job, Plan
 from launch.process import ROOT
 
 RECORD_FILE = "pipeline.json"

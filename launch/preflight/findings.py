@@ -92,7 +92,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class NodeAnswer:
-    """What `launch.node_check` said on a node, and when.
+    """What `launch.preflight.node_check` said on a node, and when.
 
     Attributes:
         about: its record.

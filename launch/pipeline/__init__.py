@@ -1,0 +1,1 @@
+"""The whole schedule of a run as jobs, or here: `python -m launch.pipeline`."""
