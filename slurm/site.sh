@@ -19,10 +19,10 @@
 # module purge && module load cuda/12.8
 # export LECTERN_PYTHON=/opt/envs/lectern/bin/python
 
-# --- ... or a container (containers/README.md): pyxis takes an image, apptainer a file
+# --- ... or a container (containers/Dockerfile): pyxis takes an image, apptainer a file
 # export LECTERN_CONTAINER=/images/lectern.sqsh
 # export LECTERN_APPTAINER=/images/lectern.sif
-# export LECTERN_CONTAINER_PYTHON=python3
+# export LECTERN_CONTAINER_PYTHON=/opt/env/bin/python
 # export LECTERN_CONTAINER_MOUNTS=/data:/data,/models:/models # the clone is mounted already
 
 # --- network and caches: a wrong interface is worse than none

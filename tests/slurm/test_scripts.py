@@ -76,3 +76,11 @@ def test_a_stage_says_which_configuration_it_takes(name: str, tmp_path: Path) ->
     result = bash(f"bash slurm/{name} my.yaml run.seed=1", job)
     default = f"configs/{name.removesuffix('.sh')}.yaml"
     assert result.stdout == f"-m launch.stage --default {default} my.yaml run.seed=1\n"
+
+
+def test_nothing_needs_an_accounting_database() -> None:
+    for path in [*SCRIPTS, *(ROOT / "launch").rglob("*.py")]:
+        command = [
+            line for line in path.read_text(encoding="utf-8").splitlines() if "sacct" in line
+        ]
+        assert all("`sacct`" in line for line in command), path
