@@ -4,6 +4,7 @@ Every message names the thing (file, key, shard, rank), what was expected and wh
 Commands catch `LecternError` at the top, print it without a traceback and exit with its code.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -66,4 +67,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("Interrupted: type the command again to go on.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     sys.exit(code or EXIT_DONE)

@@ -48,8 +48,17 @@ class Allocation:
 
     @property
     def master_addr(self) -> str:
-        """The address at which ranks meet."""
-        return head_address(self.nodes[0])
+        """The address at which ranks meet; that of slurm/site.sh where names do not resolve.
+
+        Raises:
+            LaunchError: if there is none.
+        """
+        try:
+            return head_address(self.nodes[0])
+        except LaunchError:
+            if address := os.environ.get("MASTER_ADDR"):
+                return address
+            raise
 
     def on(self, nodes: Sequence[str]) -> "Allocation":
         """Return the same for some of the nodes."""
@@ -67,6 +76,7 @@ class Allocation:
         cpus = self.cpus_per_rank * self.ranks_per_node // tasks
         options = [
             "srun",
+            "--export=ALL",  # sbatch --export=NONE would hold for our steps as well
             f"--nodes={len(self.nodes)}",
             f"--nodelist={','.join(self.nodes)}",
             f"--ntasks={tasks * len(self.nodes)}",
@@ -84,8 +94,9 @@ class Allocation:
     def __str__(self) -> str:
         """Return what was resolved, for the log."""
         return (
-            f"job {self.job}, start {self.restart + 1}: {self.num_ranks} ranks on "
-            f"{len(self.nodes)} nodes ({','.join(self.nodes)}), {self.gpus_per_node} GPUs a node, "
+            f"job {self.job}, start {self.restart + 1}: {_count(self.num_ranks, 'rank')} on "
+            f"{_count(len(self.nodes), 'node')} ({','.join(self.nodes)}), "
+            f"{_count(self.gpus_per_node, 'GPU')} a node, "
             f"{self.cpus_per_rank} CPUs a rank, rendezvous at {self.master_addr}:{self.master_port}"
         )
 
@@ -195,6 +206,10 @@ def count_cpus(env: Mapping[str, str], ranks_per_node: int) -> int:
         return int(asked)
     counts = re.sub(r"\(x\d+\)", "", env.get("SLURM_JOB_CPUS_PER_NODE", "1"))  # 64(x3),32
     return max(1, min(int(count) for count in counts.split(",")) // ranks_per_node)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def shown(command: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ CLIENT_TIMEOUT_S = 120  # Slurm's own MessageTimeout may be 100 s
 _AWAY = re.compile(
     r"Unable to contact slurm controller|Connection refused|Connection timed out|Socket timed out"
     r"|controller not responding|Zero Bytes were transmitted|Communication connection failure"
-    r"|backup controller .* standby",
+    r"|backup controller .* standby|Munge|Protocol authentication error",
     re.IGNORECASE,
 )
 _UNKNOWN_JOB = re.compile(r"Invalid job id", re.IGNORECASE)
@@ -61,6 +61,10 @@ _UNKNOWN_JOB = re.compile(r"Invalid job id", re.IGNORECASE)
 
 class SlurmError(LaunchError):
     """One of Slurm's commands refused or failed."""
+
+
+class ControllerAwayError(SlurmError):
+    """The controller did not answer, however often it was asked."""
 
 
 def is_available() -> bool:
@@ -76,6 +80,7 @@ def ask(*command: str, tries: int = 5) -> str:
         tries: while the controller does not answer, with pauses of 1, 2, 4 ... seconds between.
 
     Raises:
+        ControllerAwayError: if it never answered.
         SlurmError: with what the command said.
     """
     pause_s = FIRST_PAUSE_S
@@ -84,8 +89,10 @@ def ask(*command: str, tries: int = 5) -> str:
         if code == 0:
             return printed
         # Slurm ends every process of a job: a command of ours that ran just then as well.
-        if is_last or not (code == -signal.SIGTERM or _AWAY.search(said)):
-            raise SlurmError(f"{' '.join(command)}: {said or f'failed with code {code}'}")
+        is_away = code == -signal.SIGTERM or _AWAY.search(said)
+        if is_last or not is_away:
+            kind = ControllerAwayError if is_away else SlurmError
+            raise kind(f"{' '.join(command)}: {said or f'failed with code {code}'}")
         time.sleep(pause_s)
         pause_s *= 2
     raise AssertionError("unreachable")
@@ -167,19 +174,21 @@ def requeue(job_id: str) -> None:
         SlurmError: if it is refused, as for a job that was submitted with --no-requeue.
     """
     try:
-        ask("scontrol", "requeue", job_id, tries=7)
+        ask("scontrol", "requeue", job_id)
     except SlurmError as error:
         if "pending execution" not in str(error):  # it is in the queue already
             raise
 
 
 def exclude(job_id: str, nodes: Sequence[str]) -> None:
-    """Keep a pending job away from nodes; a running one is refused by Slurm.
+    """Keep a pending job away from nodes, besides those it avoids already.
 
     Raises:
-        SlurmError: if it is refused.
+        SlurmError: if it is refused, as for a running job.
     """
-    ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+    before = show(job_id).get("ExcNodeList", "(null)")
+    avoided = [*([] if before == "(null)" else [before]), *nodes]
+    ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(avoided)}")
 
 
 def hostnames(nodelist: str) -> list[str]:

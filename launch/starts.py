@@ -1,6 +1,8 @@
 """The starts of a stage, one folder each: when, where, from which step, how it ended and why."""
 
 import json
+import re
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from train.ownership import STARTS_FOLDER, write_json
 
 RECORD_FILE = "start.json"
 STOP_FILE = "STOP"
+_CHECKPOINT = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,22 @@ class StartRecord:
 
     def write(self, stage: Path) -> None:
         """Write the record into its folder."""
-        write_json(stage / STARTS_FOLDER / self.name / RECORD_FILE, asdict(self))
+        path = stage / STARTS_FOLDER / self.name / RECORD_FILE
+        write_json(path, asdict(self), is_durable=True)
 
 
 def read_starts(stage: Path) -> list[StartRecord]:
-    """Return the starts of RUN/stageN as jobs, in the order of time."""
+    """Return the starts of RUN/stageN as jobs, in the order of time.
+
+    A record that cannot be read (of another version, lost in a power cut) is left out.
+    """
     records = []
     for path in sorted(stage.glob(f"{STARTS_FOLDER}/*/{RECORD_FILE}")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        records.append(StartRecord(**record | {"nodes": tuple(record["nodes"])}))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            records.append(StartRecord(**record | {"nodes": tuple(record["nodes"])}))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            print(f"{path} is left out: {error}", file=sys.stderr, flush=True)
     return records
 
 
@@ -89,7 +99,7 @@ def count_failures(records: list[StartRecord], job: str, step: int) -> int:
 def newest_step(stage: Path) -> int:
     """Return the step of the newest checkpoint; 0 without one.
 
-    A checkpoint gets its name when it is whole.
+    A checkpoint gets its name when it is whole; copies under other names do not count.
     """
-    names = [path.name for path in stage.glob("checkpoints/step-*")]
-    return max((int(name.removeprefix("step-")) for name in names), default=0)
+    found = [_CHECKPOINT.fullmatch(path.name) for path in stage.glob("checkpoints/step-*")]
+    return max((int(match[1]) for match in found if match), default=0)

@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from data_tools.errors import EXIT_AGAIN
+from data_tools.errors import EXIT_AGAIN, LaunchError
 from launch import slurm
 from launch.allocation import Allocation, shown
 from launch.verdict import Ending, ending_of
 
 POLL_S = 0.2
+SRUN_STARTS_S = 1.0  # USR1 would end it before it catches signals
+WARN_AGAIN_S = 15.0  # srun drops what comes before its tasks run
+REQUEUE_PATIENCE_S = 3600.0  # a controller is moved or upgraded in that time
 LEAVE_PATIENCE_S = 900  # for Slurm to end this process; its KillWait is 30 s by default
 RANK_SCRIPT = "slurm/rank.sh"
 # What a stop signal ended before it could catch it had nothing to save yet.
@@ -37,6 +40,11 @@ class JobSignals:
     def __init__(self) -> None:
         self.must_save = False
         self.is_ending = False
+
+    @property
+    def have_come(self) -> bool:
+        """Whether either of them came."""
+        return self.must_save or self.is_ending
 
     @contextmanager
     def caught(self) -> Iterator["JobSignals"]:
@@ -65,42 +73,64 @@ def job_id(env: Mapping[str, str] | None = None) -> str:
     return env["SLURM_JOB_ID"]
 
 
+def read_count(name: str, default: int, env: Mapping[str, str] | None = None) -> int:
+    """Return a number from the environment, at least 1.
+
+    Raises:
+        LaunchError: if it is none.
+    """
+    text = (os.environ if env is None else env).get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise LaunchError(f"{name}={text}: expected a whole number from 1 on, see slurm/site.sh")
+    return int(text)
+
+
 def run_step(
     command: Sequence[str],
     signals: JobSignals,
     *,
     environment: Mapping[str, str] | None = None,
-    look: Callable[[], None] | None = None,
+    look: Callable[[], int | None] | None = None,
 ) -> int:
     """Run a step to its end and return srun's exit code, 128 + N for a signal.
 
     Args:
         command: of srun.
-        signals: of this job; USR1 is passed on to the step.
+        signals: of this job; USR1 is passed on to the step, again and again until it has ended.
         environment: added to ours.
-        look: called several times a second meanwhile.
+        look: called several times a second meanwhile; a signal that it returns is sent to srun.
     """
     say(f"+ {shown(command)}")
     process = subprocess.Popen(command, env=os.environ | dict(environment or {}))
-    is_passed_on = False
+    next_warning = time.monotonic() + SRUN_STARTS_S
     while process.poll() is None:
-        if signals.must_save and not is_passed_on:
-            is_passed_on = True
+        if signals.must_save and time.monotonic() > next_warning:
+            next_warning = time.monotonic() + WARN_AGAIN_S
             process.send_signal(signal.SIGUSR1)  # srun hands it on to all tasks, see srun(1)
-        if look is not None:
-            look()
+        number = look() if look is not None else None
+        if number is not None:
+            process.send_signal(number)
         time.sleep(POLL_S)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def find_ending(allocation: Allocation, signals: JobSignals) -> Ending:
-    """Ask Slurm what it does to this job; "" if it goes on, or the controller does not answer."""
-    try:
-        job = slurm.show(job_id())
-    except slurm.SlurmError as error:
-        say(f"the state of job {job_id()} is not known ({error})")
-        return "requeued" if signals.is_ending else ""
-    return ending_of(job, allocation.restart, was_told=signals.is_ending)
+    """Ask Slurm what it does to this job; "" if it goes on, or the controller does not answer.
+
+    A job that is being ended asks until it is: only then it is known whether to queue it again.
+    """
+    deadline = time.monotonic() + LEAVE_PATIENCE_S
+    while True:
+        try:
+            job = slurm.show(job_id())
+        except slurm.SlurmError as error:
+            say(f"the state of job {job_id()} is not known ({error})")
+            if not signals.is_ending:
+                return ""
+            if time.monotonic() > deadline or not isinstance(error, slurm.ControllerAwayError):
+                return "requeued"
+        else:
+            return ending_of(job, allocation.restart, was_told=signals.is_ending)
 
 
 def rank_command(command: Sequence[str], folder: Path) -> list[str]:
@@ -113,7 +143,9 @@ def first_failure(folder: Path) -> int | None:
     codes = folder / "codes"
     if not codes.exists():
         return None
-    failed = [int(line) for line in codes.read_text().split() if line != "0"]
+    # Ranks of several nodes append to it: NFS may lose or tear a line, a full disk cut it off.
+    words = codes.read_text(encoding="utf-8", errors="replace").split()
+    failed = [int(word) for word in words if word.isdecimal() and int(word) != 0]
     if not failed:
         return None
     return EXIT_AGAIN if failed[0] in STOPPED_EARLY else failed[0]
@@ -134,19 +166,43 @@ def put_back(is_ours_to_do: bool, bad_nodes: Sequence[str] = ()) -> int:
         bad_nodes: that the next start is to avoid.
     """
     job = job_id()
-    try:
-        if is_ours_to_do:
-            slurm.requeue(job)
-        if bad_nodes:  # refused while the job runs; now it is pending, and we have KillWait left
+    if is_ours_to_do and not requeue(job):
+        return EXIT_AGAIN
+    if bad_nodes:  # refused while the job runs; now it is pending, and we have KillWait left
+        try:
             slurm.exclude(job, bad_nodes)
             say(f"job {job} avoids {', '.join(bad_nodes)} from now on")
-    except slurm.SlurmError as error:
-        say(f"{error}. Submit the job again to go on")
-        return EXIT_AGAIN
+        except slurm.SlurmError as error:
+            say(f"job {job} does not avoid {', '.join(bad_nodes)} ({error})")
     time.sleep(LEAVE_PATIENCE_S)
     return EXIT_AGAIN
 
 
+def requeue(job: str) -> bool:
+    """Queue a job of ours again, however long the controller is away; return whether it is.
+
+    What became of the job meanwhile is looked at first: its next start may run already, which must
+    not be ended, or somebody has cancelled it.
+    """
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    deadline = time.monotonic() + REQUEUE_PATIENCE_S
+    was_away = False
+    while True:
+        try:
+            if was_away:
+                ending = ending_of(slurm.show(job), restart, was_told=False)
+                if ending in ("requeued", "cancelled"):
+                    return True
+            slurm.requeue(job)
+            return True
+        except slurm.SlurmError as error:
+            was_away = isinstance(error, slurm.ControllerAwayError)
+            if not was_away or time.monotonic() > deadline:
+                say(f"{error}. Submit the job again to go on")
+                return False
+            say(f"{error}: job {job} tries again to go back into the queue")
+
+
 def say(text: str) -> None:
-    """Write a line into the job's log."""
-    print(text, file=sys.stderr, flush=True)
+    """Write a line into the job's log, with the time as the trainer writes it."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

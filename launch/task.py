@@ -8,12 +8,22 @@ then the job goes back into the queue. A command that does not save and reaches 
 started LECTERN_MAX_FAILURES times.
 """
 
-import os
+import signal
 import sys
 
-from data_tools.errors import EXIT_AGAIN, LaunchError, run_command
-from launch.allocation import from_environment
-from launch.step import STOPPED_EARLY, JobSignals, find_ending, put_back, run_step, say
+from data_tools.errors import EXIT_AGAIN, EXIT_DONE, LaunchError, run_command
+from launch.allocation import Allocation, from_environment
+from launch.step import (
+    STOPPED_EARLY,
+    JobSignals,
+    find_ending,
+    job_id,
+    put_back,
+    read_count,
+    requeue,
+    run_step,
+    say,
+)
 from launch.verdict import MAX_FAILURES, Ended, Ending, Verdict, decide
 
 
@@ -27,9 +37,13 @@ def run_task(command: list[str]) -> int:
     if command[0] == sys.executable:
         command = [allocation.container.python, *command[1:]]
     node = allocation.on(allocation.nodes[:1])
+    read_count("LECTERN_MAX_FAILURES", MAX_FAILURES)  # said before there is anything to lose
     with JobSignals().caught() as signals:
-        code = run_step(node.step(command, per_node=1), signals)
-        ending = find_ending(allocation, signals)
+        at_limit = _AtTheLimit(allocation, signals)
+        code = run_step(node.step(command, per_node=1), signals, look=at_limit.look)
+        if code == EXIT_DONE:
+            return code
+        ending = "time limit" if at_limit.is_queued else find_ending(allocation, signals)
         if not ending and code not in (EXIT_AGAIN, *STOPPED_EARLY):
             return code
         verdict = judge(code, ending, allocation.restart)
@@ -37,6 +51,27 @@ def run_task(command: list[str]) -> int:
         if verdict.action == "stop":
             return verdict.exit_code
         return put_back(verdict.action == "requeue")
+
+
+class _AtTheLimit:
+    """Queues a job again at its time limit: KILL may come before the command has ended."""
+
+    def __init__(self, allocation: Allocation, signals: JobSignals) -> None:
+        self._allocation, self._signals = allocation, signals
+        self._is_told = False
+        self.is_queued = False
+
+    def look(self) -> None:
+        """Queue the job again once Slurm has told it of its end."""
+        if not self._signals.is_ending or self._is_told:
+            return
+        self._is_told = True
+        ending = find_ending(self._allocation, self._signals)
+        if not ending:  # somebody has sent TERM to the batch process alone
+            self._signals.must_save = True
+        if ending == "time limit":
+            verdict = judge(128 + signal.SIGKILL, ending, self._allocation.restart)
+            self.is_queued = verdict.action == "requeue" and requeue(job_id())
 
 
 def judge(code: int, ending: Ending, restart: int) -> Verdict:
@@ -49,7 +84,7 @@ def judge(code: int, ending: Ending, restart: int) -> Verdict:
     """
     if ending == "time limit" and code != EXIT_AGAIN:
         problem = "the time limit came before the end; ask for more with sbatch --time"
-        max_failures = int(os.environ.get("LECTERN_MAX_FAILURES") or MAX_FAILURES)
+        max_failures = read_count("LECTERN_MAX_FAILURES", MAX_FAILURES)
         return decide(Ended(code, problem=problem), restart, max_failures)
     return decide(Ended(EXIT_AGAIN, ending=ending), num_failures=0, max_failures=1)
 

@@ -8,11 +8,16 @@ from typing import Literal
 from data_tools.errors import EXIT_AGAIN, EXIT_DATA, EXIT_DEFECT, EXIT_DONE, EXIT_USER
 
 MAX_FAILURES = 3  # unless LECTERN_MAX_FAILURES says otherwise
+FRUITLESS = (
+    "interrupted before there was a newer checkpoint: more time is needed (sbatch --time), an "
+    "earlier warning (--signal=B:USR1@900), or a smaller checkpoint.every_steps"
+)
 PERMANENT_CODES = {
     EXIT_USER: "something to change, see the message above",
     EXIT_DATA: "the data is bad beyond data.max_hole_share",
 }
-Ending = Literal["", "cancelled", "time limit", "requeued"]
+Ending = Literal["", "preemption", "cancelled", "time limit", "requeued"]
+_GOES_ON = ("RUNNING", "SIGNALING")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Ended:
         ending: what Slurm does to the job at this moment, see `ending_of`.
         is_stopped: whether somebody has put a file STOP into the stage's folder.
         problem: what was found besides: a hang, bad nodes; empty if nothing.
+        has_progress: whether this start made a newer checkpoint.
     """
 
     code: int
@@ -34,6 +40,7 @@ class Ended:
     ending: Ending = ""
     is_stopped: bool = False
     problem: str = ""
+    has_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,21 +62,24 @@ class Verdict:
 
 
 def ending_of(job: Mapping[str, str], restart: int, *, was_told: bool) -> Ending:
-    """Return what Slurm does to a job whose batch process it tells to end.
+    """Return what Slurm does to a job; "" if it goes on.
 
     The state is COMPLETING whatever the cause (measured on Slurm 22.05). A job that goes back into
     the queue (by an operator, preemption, a lost node) has its next restart counted by then; one at
-    its time limit says so; what is left was cancelled, and must not be queued again.
+    its time limit says so; what is left was cancelled, and must not be queued again. Preemption
+    warns the steps of a job that runs on until the grace is over. A batch process that somebody has
+    sent a signal by hand runs on as well.
 
     Args:
         job: what Slurm knows of it.
         restart: of this start.
         was_told: whether the batch process has got SIGTERM.
     """
-    if not was_told and job.get("JobState") != "COMPLETING":
-        return ""
     if int(job.get("Restarts", "0")) > restart:
         return "requeued"
+    state = job.get("JobState")
+    if state in _GOES_ON or (state != "COMPLETING" and not was_told):
+        return "" if job.get("PreemptTime", "None") == "None" else "preemption"
     return "time limit" if job.get("Reason") == "TimeLimit" else "cancelled"
 
 
@@ -81,8 +91,8 @@ def decide(ended: Ended, num_failures: int, max_failures: int) -> Verdict:
         num_failures: starts of this job before that failed without a newer checkpoint since.
         max_failures: so many such starts in all end the job.
     """
-    if ended.code == EXIT_DONE and ended.is_done:
-        return Verdict("done", EXIT_DONE, False, "the stage is done")
+    if ended.is_done:  # whatever became of the processes: the last checkpoint was durable by then
+        return Verdict("done", EXIT_DONE, False, "the stage has trained to its end")
     if ended.ending == "cancelled":
         return Verdict("leave", EXIT_AGAIN, False, "the job was cancelled")
     if ended.ending == "requeued":
@@ -90,10 +100,21 @@ def decide(ended: Ended, num_failures: int, max_failures: int) -> Verdict:
     if ended.code in PERMANENT_CODES and not ended.problem:
         return Verdict("stop", ended.code, True, PERMANENT_CODES[ended.code])
     if ended.is_stopped:
-        return Verdict("stop", ended.code or EXIT_AGAIN, False, "a file STOP asked for it")
-    if ended.code == EXIT_AGAIN or ended.must_save or ended.ending == "time limit":
-        return Verdict("requeue", EXIT_AGAIN, False, "interrupted, to go on from the last save")
-    what = ended.problem or _meaning(ended.code)
+        return Verdict(
+            "stop",
+            ended.code or EXIT_AGAIN,
+            False,
+            "a file STOP asked for it; submit again to go on",
+        )
+    is_interrupted = (
+        ended.code == EXIT_AGAIN or ended.must_save or ended.ending in ("time limit", "preemption")
+    )
+    if is_interrupted and not ended.problem:
+        if ended.has_progress or ended.ending == "preemption":
+            return Verdict("requeue", EXIT_AGAIN, False, "interrupted, to go on from the last save")
+        what = FRUITLESS
+    else:
+        what = ended.problem or _meaning(ended.code)
     if num_failures + 1 < max_failures:
         left = max_failures - num_failures - 1
         again = f"{what}; {left} more starts without a newer checkpoint are allowed"

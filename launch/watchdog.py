@@ -23,11 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import EXIT_DEFECT, EXIT_DONE, LaunchError, run_command
-from train.ownership import read_owner, start_folder
+from data_tools.errors import EXIT_DEFECT, EXIT_DONE, run_command
+from train.ownership import OWNER_FILE, read_owner, start_folder
 from train.status import read_status
 
 LOOK_EVERY_S = 1.0
+LONGEST_LOOK_S = 10.0
 ENDING = "ending"  # as train/heartbeat.py names the phase after which no sign of life comes
 DUMP_PATIENCE_S = 10.0
 INNER_FRAMES = 8  # of a main thread in the log, besides our own code; its file has everything
@@ -112,19 +113,38 @@ class Watchdog:
     Args:
         folder: RUN/stageN/starts/NAME.
         clock: seconds that only grow.
+        start_s: until every rank must have shown a sign of life; None where that is not known.
+        num_ranks: of the run; 0 where it is not known.
     """
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        start_s: float | None = None,
+        num_ranks: int = 0,
+    ) -> None:
         self._folder, self._clock = folder, clock
         self._seen: dict[int, tuple[dict[str, Any], float, float]] = {}
-        self._next_look = 0.0
+        if start_s is not None:
+            self._seen = {n: (_absent(n, start_s), 0.0, 0.0) for n in range(num_ranks)}
+        self._last_look: float | None = None
+        self._now = 0.0
 
     def look(self) -> Hang | None:
-        """Read the heartbeats, at most once a second; tell whether the run hangs."""
-        now = self._clock()
-        if now < self._next_look:
+        """Read the heartbeats, at most once a second; tell whether the run hangs.
+
+        The time that this process itself stood still (a stalled file system, a suspended job) does
+        not count: the ranks stood still as well, and have had no time to beat since.
+        """
+        clock = self._clock()
+        passed_s = LOOK_EVERY_S if self._last_look is None else clock - self._last_look
+        if passed_s < LOOK_EVERY_S:
             return None
-        self._next_look = now + LOOK_EVERY_S
+        self._last_look = clock
+        self._now += min(passed_s, LONGEST_LOOK_S)
+        now = self._now
         for path in sorted(self._folder.glob("rank-*.json")):
             try:
                 record = json.loads(path.read_text(encoding="utf-8"))
@@ -141,6 +161,21 @@ class Watchdog:
             Rank(record, now - beaten, now - begun) for record, beaten, begun in self._seen.values()
         ]
         return judge(sorted(ranks, key=lambda rank: rank.record["rank"]))
+
+
+def _absent(number: int, start_s: float) -> dict[str, Any]:
+    """Return the record of a rank that has not written one."""
+    return {
+        "rank": number,
+        "host": "an unknown host",
+        "pid": "unknown",
+        "step": 0,
+        "phase": "starting, without a sign of life",
+        "since": 0.0,
+        "time": 0.0,
+        "allowed_s": None,
+        "silence_s": start_s,
+    }
 
 
 def _mark(record: dict[str, Any]) -> tuple[int, str, float]:
@@ -166,7 +201,7 @@ def report(hang: Hang, folder: Path, ask_for_stacks: Callable[[], None]) -> list
     for rank in hang.ranks:
         number = rank.record["rank"]
         lines.append(f"--- {rank}")
-        stacks = paths[number].read_text(encoding="utf-8", errors="replace")[before[number] :]
+        stacks = _read_from(paths[number], before[number])
         lines += main_stack(stacks) or ["  no stacks: the process does not answer"]
     lines.append(f"--- all stacks: {folder}/stacks-*.txt")
     return lines
@@ -185,7 +220,18 @@ def main_stack(stacks: str) -> list[str]:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _read_from(path: Path, start: int) -> str:
+    """Return a file's text from a byte on; nothing if it cannot be read."""
+    try:
+        return path.read_bytes()[start:].decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def main() -> int:
@@ -196,12 +242,14 @@ def main() -> int:
     parser.add_argument("stage", type=Path, metavar="RUN/stageN")
     parser.add_argument("--kill", action="store_true", help="end the ranks on this host")
     arguments = parser.parse_args()
-    owner = read_owner(arguments.stage)
-    if owner is None:
-        raise LaunchError(f"{arguments.stage}: nothing has trained here yet; start it, then watch")
+    if read_owner(arguments.stage) is None:
+        print(f"{arguments.stage}: waiting for a start", flush=True)
+    while (owner := read_owner(arguments.stage)) is None:
+        time.sleep(LOOK_EVERY_S)
     folder = start_folder(arguments.stage, owner.name)
+    print(f"watching {folder}", flush=True)
     watchdog = Watchdog(folder)
-    while read_status(arguments.stage).get("state", "running") == "running":
+    while not has_ended(arguments.stage):
         hang = watchdog.look()
         if hang is not None:
             print("\n".join(report(hang, folder, partial(signal_here, hang, signal.SIGUSR2))))
@@ -211,6 +259,13 @@ def main() -> int:
         time.sleep(LOOK_EVERY_S)
     print(f"{arguments.stage}: {read_status(arguments.stage)['state']}")
     return EXIT_DONE
+
+
+def has_ended(stage: Path) -> bool:
+    """Whether the present start of a stage says that it has ended; an earlier one's word is old."""
+    status = read_status(stage)
+    began_s = (stage / OWNER_FILE).stat().st_mtime
+    return status.get("state", "running") != "running" and status["time"] > began_s
 
 
 def signal_here(hang: Hang, number: int) -> None:

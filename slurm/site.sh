@@ -30,6 +30,9 @@
 # export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 # export TRITON_CACHE_DIR=/local/$USER/triton TORCH_EXTENSIONS_DIR=/local/$USER/torch
 
+# --- without GPUs, or to leave them alone
+# export DS_ACCELERATOR=cpu OMP_NUM_THREADS=4 # threads a rank
+
 # --- what a stage's job does
 # export LECTERN_PREFLIGHT=off  # no look at the nodes before training
 # export LECTERN_PREFLIGHT_S=60 # it may take so long

@@ -302,7 +302,7 @@ class Trainer:
         A signal gives it up; the next start makes up for it before its first step.
         """
         self.heart.phase("evaluating")
-        found = self.evaluator.run(self.engine, self.presence.stop.has_come)
+        found = self.evaluator.run(self.engine, self._must_stop_reading)
         self._owes_evaluation = found is None
         if found is None:
             return False
@@ -337,6 +337,11 @@ class Trainer:
                 self.stopping.best_step,
             )
         return is_best
+
+    def _must_stop_reading(self) -> bool:
+        """Show a sign of progress after each token; return whether a signal has come."""
+        self.heart.phase("evaluating")
+        return self.presence.stop.has_come()
 
     def _finish(self) -> int:
         if self._evaluated_step != self.step:

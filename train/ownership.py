@@ -15,6 +15,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,20 @@ STARTS_FOLDER = "starts"
 START_VARIABLE = "LECTERN_START"  # the name of the start that the job script's process has made
 HEARTBEAT_COUNTS_S = 60.0  # a start on another host counts as alive for so long
 ENDING_PATIENCE_S = 120.0  # for a job that is being ended just now
-_QUEUED_STATES = ("RUNNING", "SUSPENDED", "CONFIGURING", "PENDING", "STOPPED", "REQUEUED")
+# What is in none of these states may come back: Slurm also has SIGNALING, RESIZING, SPECIAL_EXIT.
+_ENDED_STATES = (
+    "gone",
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+)
 _POLL_S = 1.0
 
 
@@ -105,7 +119,7 @@ def claim(stage: Path, start: Start) -> Path:
         time.sleep(_POLL_S)
     folder = start_folder(stage, start.name)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(stage / OWNER_FILE, asdict(start))
+    write_json(stage / OWNER_FILE, asdict(start), is_durable=True)
     return folder
 
 
@@ -139,7 +153,7 @@ def sign_of_life(stage: Path, owner: Start, mine: Start) -> str | None:
             return None  # Slurm ends a start before the next one of a job
         state = _job_state(owner.job)
         if state is not None:
-            return state if state in (*_QUEUED_STATES, "COMPLETING") else None
+            return None if state in _ENDED_STATES else state
     if owner.host == mine.host and owner.pid == mine.pid:
         return None  # the same process, once more
     if owner.host == mine.host:
@@ -184,8 +198,26 @@ def _job_state(job: str) -> str | None:
     return found.group(1) if found else None
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace a JSON file atomically, under a temporary name that no other process uses."""
+def write_json(path: Path, record: Mapping[str, Any], *, is_durable: bool = False) -> None:
+    """Replace a JSON file atomically, under a temporary name that no other process uses.
+
+    Args:
+        path: of the file.
+        record: its content.
+        is_durable: the file is whole also after a power cut, at the price of waiting for the disk.
+
+    Raises:
+        OSError: if it cannot be written; the old file is still there then, and no other.
+    """
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+            if is_durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):  # on a full disk a file would stay for every sign of life
+            temporary.unlink()
+        raise

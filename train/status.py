@@ -6,8 +6,8 @@ from typing import Any
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Return the status of RUN/stageN; empty if there is none yet."""
+    """Return the status of RUN/stageN; empty without one, or where a power cut emptied it."""
     try:
         return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return {}

@@ -193,11 +193,14 @@ def _end(job: Job, known: Known) -> str:
     advice = {
         EXIT_USER: "something has to be changed: the log says what",
         EXIT_DATA: "the data are bad beyond the configured share: the log names the file",
-        EXIT_AGAIN: "it was stopped with everything saved",
     }.get(view.exit_code, "the log tells more")
     if view.state == "CANCELLED":
-        advice = "cancelled by somebody, or because one before it failed"
-    elif view.state == "COMPLETED":
+        return f"(job {view.job_id}) was cancelled" + (f"\n  log: {log}" if view.nodes else "")
+    if view.exit_code == EXIT_AGAIN:
+        return (
+            f"(job {view.job_id}) was stopped and can go on (exit code {EXIT_AGAIN})\n  log: {log}"
+        )
+    if view.state == "COMPLETED":
         advice = f"but {job.result} does not say that it is done"
     return (
         f"(job {view.job_id}) ended as {view.state} with exit code {view.exit_code}: "

@@ -112,11 +112,14 @@ def _submitted(entry: dict[str, Any]) -> Submitted:
 
 
 def job_name(run: Path, step: str) -> str:
-    """Return the name of a step's job, unique to the run folder: `invoices-3fa9c1-stage1`."""
+    """Return the name of a step's job, unique to the run folder: `stage1-invoices-3fa9c1`.
+
+    The step comes first: squeue shows eight characters.
+    """
     path = str(run.resolve())
     digest = hashlib.sha256(path.encode("utf-8")).hexdigest()[:6]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run.resolve().name)[:40]
-    return f"{name}-{digest}-{step}"
+    return f"{step}-{name}-{digest}"
 
 
 def log_pattern(job: Job) -> str:
@@ -131,8 +134,9 @@ def log_name(job: Job, submitted: Submitted) -> str:
 
 
 def has_changed(job: Job, submitted: Submitted) -> bool:
-    """Whether a step was submitted with other arguments than it would be now."""
-    return (job.script, job.arguments) != (submitted.script, submitted.arguments)
+    """Whether a step would be submitted with other arguments, or further options, now."""
+    is_same = (job.script, job.arguments) == (submitted.script, submitted.arguments)
+    return not is_same or not set(job.options) <= set(submitted.options)
 
 
 @contextmanager
@@ -149,9 +153,8 @@ def hold_lock(plan: Plan) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LaunchError(
-                f"{path}: another pipeline command is at work on this run "
-                f"({path.read_text(encoding='utf-8').strip() or 'it has just begun'}); wait for "
-                "it, or end that process"
+                f"another pipeline command is at work on this run{_holder(path)}: wait for it, or "
+                f"end it; its lock is {path}"
             ) from None
         except OSError as error:  # a file system without locks
             print(f"{path} cannot be locked ({error}); make sure of it yourself", file=sys.stderr)
@@ -161,6 +164,16 @@ def hold_lock(plan: Plan) -> Iterator[None]:
         json.dump(holder | {"time": round(time.time())}, file)
         file.flush()
         yield
+
+
+def _holder(path: Path) -> str:
+    """Return who holds a lock, for a message; "" if that is not written yet."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        job = f", job {holder['job']}" if holder.get("job") else ""
+        return f" (process {holder['pid']} on {holder['host']}{job})"
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 @cache

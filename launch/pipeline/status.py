@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.errors import EXIT_AGAIN
 from launch.pipeline.jobs import UNKNOWN, Known, View, find_jobs
 from launch.pipeline.plan import Job, Plan
 from launch.pipeline.record import log_name, read_record
@@ -19,7 +20,7 @@ from launch.slurm import SlurmError, is_available
 from train.status import read_status
 
 NUM_LINES = 200  # of log.jsonl that the speed is taken from
-COLUMNS = ("step", "state", "job", "nodes", "done", "loss", "tokens/s", "left", "restarts", "why")
+COLUMNS = ("job", "state", "id", "nodes", "step", "loss", "tokens/s", "left", "restarts", "why")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Row:
 
     Attributes:
         step: of the chain.
-        state: done, Slurm's word while it knows the job, else what the files say; "-" for nothing.
+        state: done; "stopped" if it was told to save and end; Slurm's word while it knows the job,
+            else what the files say; "-" for nothing.
         job_id: of Slurm; "" for none.
         nodes: where it runs.
         train_step: optimizer steps done; None where nothing is trained.
@@ -117,6 +119,8 @@ def state_of(known: Known, file_state: str, error: str) -> tuple[str, str]:
     if known.is_done:
         return "done", ""
     if view is not None and view.state != UNKNOWN:
+        if view.state == "FAILED" and view.exit_code == EXIT_AGAIN:
+            return "stopped", "`resume` goes on"
         counts = ", ".join(f"{number} {state}" for state, number in view.counts)
         return view.state, counts or _reason(view, error)
     if file_state and file_state != "running":
@@ -130,7 +134,8 @@ def _reason(view: View, error: str) -> str:
     if view.is_alive:
         is_held = "held" in view.reason.lower()  # also by a controller that started it twice
         return f"{view.reason}: `scontrol release {view.job_id}`" if is_held else view.reason
-    return "; ".join(part for part in (f"exit code {view.exit_code}", error) if part)
+    code = f"exit code {view.exit_code}" if view.exit_code else ""
+    return "; ".join(part for part in (code, error) if part)
 
 
 def seconds_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:
@@ -158,12 +163,17 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row], missing: str) -> str:
-    """Return the rows for people."""
+    """Return the rows for people, and where to read on about what runs or has failed."""
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
+    ]
+    lines += [
+        f"log of {row.step}: {row.log}"
+        for row in rows
+        if row.log and row.nodes and row.state != "done"
     ]
     if missing:
         lines.append(f"(from the run's files alone: {missing.splitlines()[0]})")

@@ -32,7 +32,7 @@ from launch.pipeline.record import (
     read_record,
 )
 from launch.process import ROOT
-from launch.slurm import cancel, submit
+from launch.slurm import SlurmError, cancel, submit
 
 SITE_FILE = "slurm/site.sh"
 STOP_FILE = "STOP"  # a stage that finds it saves and ends without being requeued
@@ -118,8 +118,14 @@ def _submit(plan: Plan, job: Job, record: Record, waits_for: Sequence[str]) -> s
         print(f"{job.name:<9} {job.stage_dir / STOP_FILE} removed, which had stopped it")
     (ROOT / "logs").mkdir(exist_ok=True)  # without it a job fails and leaves no log
     options = sbatch_words(plan, job, waits_for)
-    with site_of(job):
-        job_id = submit(options, job.script, job.arguments)
+    try:
+        with site_of(job):
+            job_id = submit(options, job.script, job.arguments)
+    except SlurmError as error:
+        raise type(error)(
+            f"{job.name} was not submitted: {error}\n  what was stays queued; type the same again "
+            "when this is mended (`sbatch:` in the YAML, slurm/site.sh)"
+        ) from None
     before = record.jobs.get(job.name)
     earlier = (*before.earlier, before.job_id) if before else ()
     record.add(
@@ -174,12 +180,14 @@ def _change_note(job: Job, record: Record) -> str:
     submitted = record.jobs.get(job.name)
     if submitted is None or not has_changed(job, submitted):
         return ""
-    return "; its arguments were others when it was submitted, and are not changed by this"
+    return "; submitted with other arguments or options, which this does not change"
 
 
 def _confirm(plan: Plan, record: Record, names: Sequence[str]) -> None:
     """Look again for new jobs: a controller that dies right after taking one forgets it."""
-    print(f"looking in {CONFIRM_S:g} s whether Slurm has kept them ...", file=sys.stderr)
+    print(
+        f"looking in {CONFIRM_S:g} s whether Slurm has kept them ...", file=sys.stderr, flush=True
+    )
     time.sleep(CONFIRM_S)
     for name in names:
         job_id = record.jobs[name].job_id
@@ -190,6 +198,7 @@ def _confirm(plan: Plan, record: Record, names: Sequence[str]) -> None:
             )
             error.exit_code = EXIT_AGAIN
             raise error
+    print("it has; `status` follows them, their logs are in logs/", file=sys.stderr)
 
 
 def cancel_chain(plan: Plan) -> int:
@@ -224,8 +233,9 @@ def _cancel(job: Job, known: Known) -> None:
 
 
 def show_commands(plan: Plan) -> int:
-    """Print each sbatch command and its script; submit nothing, ask Slurm nothing."""
+    """Print each sbatch command, and each script once; submit nothing, ask Slurm nothing."""
     take_up_site()
+    shown: set[str] = set()
     for job in plan.jobs:
         if job.is_done():
             print(f"# {job.name}: done already\n")
@@ -238,7 +248,9 @@ def show_commands(plan: Plan) -> int:
         for name, value in sorted(site.items()):
             print(f"# from the environment: {name}={value}")
         print(shlex.join([*words, *job.arguments]) + "\n")
-        print(_indented((ROOT / job.script).read_text(encoding="utf-8")))
+        if job.script not in shown:
+            print(_indented((ROOT / job.script).read_text(encoding="utf-8")))
+        shown.add(job.script)
     return EXIT_DONE
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from data_tools.errors import EXIT_DEFECT, EXIT_DONE, EXIT_USER
 
 EVERYWHERE = "all"
+STATES = ("ok", "warn", "FAIL")  # in the order of a report: what matters most is read last
 GB = 1e9
 CLOCK_WARN_S, CLOCK_FAIL_S = 2.0, 10.0
 USED_WARN_MIB, USED_FAIL_SHARE = 1536, 0.1  # a driver itself takes some hundred MiB of a GPU
@@ -106,7 +107,7 @@ class NodeAnswer:
 
 
 def conclude(verdicts: Sequence[Verdict]) -> Report:
-    """Return the report: who is to blame, which nodes are bad, and equal lines as one."""
+    """Return the report: who is to blame, bad nodes; equal lines as one, failures last."""
     judged = [replace(v, is_user=v.is_user or _fails_everywhere(v, verdicts)) for v in verdicts]
     failed = [v for v in judged if v.state == "FAIL"]
     bad: dict[str, list[str]] = {}
@@ -116,7 +117,8 @@ def conclude(verdicts: Sequence[Verdict]) -> Report:
     code = EXIT_DONE
     if failed:
         code = EXIT_USER if any(v.is_user for v in failed) else EXIT_DEFECT
-    return Report(_merged(judged), {node: "; ".join(why) for node, why in bad.items()}, code)
+    in_order = sorted(_merged(judged), key=lambda verdict: STATES.index(verdict.state))
+    return Report(in_order, {node: "; ".join(why) for node, why in bad.items()}, code)
 
 
 def _fails_everywhere(verdict: Verdict, verdicts: Sequence[Verdict]) -> bool:
@@ -196,7 +198,7 @@ def _judge_cores(cores: int, wanted: Wanted) -> Verdict:
             f"{cores} for {wanted.ranks_per_node} ranks: images are decoded by the CPU; ask for "
             "more with --cpus-per-task",
         )
-    return _ok("cores", f"{cores} for {wanted.ranks_per_node} ranks")
+    return _ok("cores", f"{cores} a node, ranks a node: {wanted.ranks_per_node}")
 
 
 def _judge_space(free: Mapping[str, int], wanted: Wanted) -> list[Verdict]:
@@ -245,7 +247,7 @@ def _judge_model(found: Mapping[str, Any] | None, wanted: Wanted) -> list[Verdic
         return [_fail("model", f"model.path cannot be read ({found['error']})")]
     if wanted.has_weights and not found["files"]:
         return [_fail("model", "model.path holds no .safetensors: download its weights")]
-    return [_ok("model", f"{found['files']} files, {found['bytes'] / GB:.1f} GB")]
+    return [_ok("model", f"weight files: {found['files']}, {found['bytes'] / GB:.3g} GB")]
 
 
 def _judge_locks(locks: Sequence[Mapping[str, Any]]) -> list[Verdict]:
@@ -278,7 +280,10 @@ def clock_skew(time_s: float, begin_s: float, end_s: float) -> float:
 
 
 def compare_nodes(answers: Mapping[str, NodeAnswer]) -> list[Verdict]:
-    """Return the verdicts on what must be the same on all nodes; the majority is right."""
+    """Return the verdicts on what must be the same on all nodes; the majority is right.
+
+    What is the same stands in one line.
+    """
     about = {node: answer.about for node, answer in answers.items()}
     if len(about) < 2:
         return []
@@ -291,7 +296,10 @@ def compare_nodes(answers: Mapping[str, NodeAnswer]) -> list[Verdict]:
         *_compare("model size", about, lambda a: (a["model"] or {}).get("bytes"), _tell_both),
     ]
     variables = _compare("variables", about, lambda a: a["variables"], _tell_packages)
-    return verdicts + [replace(v, state="warn") if v.state == "FAIL" else v for v in variables]
+    verdicts += [replace(v, state="warn") if v.state == "FAIL" else v for v in variables]
+    same = ", ".join(verdict.name for verdict in verdicts if verdict.state == "ok")
+    differing = [verdict for verdict in verdicts if verdict.state != "ok"]
+    return [Verdict("same", "ok", EVERYWHERE, same), *differing] if same else differing
 
 
 def _compare(
@@ -312,7 +320,7 @@ def _compare(
         for node, value in values.items()
         if texts[node] != usual
     ]
-    return wrong or [Verdict(name, "ok", EVERYWHERE, "the same on all nodes")]
+    return wrong or [Verdict(name, "ok", EVERYWHERE, "")]
 
 
 def _of_gpus(about: Mapping[str, Any], key: str) -> list[str]:

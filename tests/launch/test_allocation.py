@@ -80,6 +80,17 @@ def test_the_head_is_its_node_address_where_names_do_not_resolve() -> None:
     assert "2 ranks on 2 nodes (node7,node8), 0 GPUs a node, 8 CPUs a rank" in str(allocation)
 
 
+def test_the_head_is_that_of_the_site_where_slurm_knows_no_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_programs(tmp_path, monkeypatch, scontrol="exit 1")
+    nowhere = granted(nodes=("no-such-node.invalid",))
+    with pytest.raises(LaunchError, match="export MASTER_ADDR in slurm/site.sh"):
+        _ = nowhere.master_addr
+    monkeypatch.setenv("MASTER_ADDR", "10.9.8.7")
+    assert nowhere.master_addr == "10.9.8.7"
+
+
 def granted(**changes: object) -> Allocation:
     values: dict = {
         "job": "1",
@@ -103,6 +114,7 @@ def test_a_step_of_ranks_ends_as_a_whole_and_sees_all_gpus() -> None:
         "--gpus-per-node=4",
         "--kill-on-bad-exit=1",
         "--wait=60",
+        "--export=ALL",
     ):
         assert option in command
     assert command[-2:] == ["python", "x.py"]

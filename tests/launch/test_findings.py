@@ -91,6 +91,13 @@ def test_each_fault_of_a_node_is_found(change: dict[str, Any], expected: dict[st
     assert all(verdict.node == "n1" for verdict in verdicts)
 
 
+def test_what_failed_is_read_last() -> None:
+    verdicts = judge_node("n1", node(gpus={"list": [], "error": "lost"}, cores=2), WANTED)
+    assert (verdicts[0].state, verdicts[-1].state) == ("FAIL", "ok")
+    states = [verdict.state for verdict in conclude(verdicts).verdicts]
+    assert states == ["ok"] * (len(states) - 2) + ["warn", "FAIL"]
+
+
 def test_the_time_from_question_to_answer_is_no_skew() -> None:
     assert clock_skew(1030.0, 1000.0, 1040.0) == 0  # srun took half a minute to start
     assert clock_skew(1050.0, 1000.0, 1040.0) == 10

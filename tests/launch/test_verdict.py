@@ -12,6 +12,7 @@ from launch.verdict import Ended, Ending, decide, ending_of
     ("ended", "action", "exit_code", "is_failure"),
     [
         (Ended(0, is_done=True), "done", 0, False),
+        (Ended(139, is_done=True), "done", 0, False),  # a library that crashes while it leaves
         (Ended(0), "requeue", 70, True),  # ranks that leave early have not finished the stage
         (Ended(2), "stop", 2, True),
         (Ended(65), "stop", 65, True),
@@ -29,6 +30,11 @@ from launch.verdict import Ended, Ending, decide, ending_of
         (Ended(0, is_done=True, is_stopped=True), "done", 0, False),
         (Ended(2, problem="bad nodes: n1"), "requeue", 2, True),
         (Ended(137, problem="hang, rank 1"), "requeue", 137, True),
+        (Ended(75, has_progress=False), "requeue", 75, True),
+        (Ended(137, ending="time limit", has_progress=False), "requeue", 137, True),
+        (Ended(70, ending="preemption", has_progress=False), "requeue", 75, False),
+        (Ended(2, ending="preemption"), "stop", 2, True),
+        (Ended(75, ending="requeued", has_progress=False), "leave", 75, False),
     ],
 )
 def test_the_table(ended: Ended, action: str, exit_code: int, is_failure: bool) -> None:
@@ -51,8 +57,16 @@ def test_failures_without_progress_are_capped_with_the_reason() -> None:
     assert "a rank was killed" in last.reason
 
 
-def test_interruptions_are_never_capped() -> None:
+def test_interruptions_that_made_progress_are_never_capped() -> None:
     assert decide(Ended(75), num_failures=99, max_failures=3).action == "requeue"
+    preempted = Ended(75, ending="preemption", has_progress=False)
+    assert decide(preempted, num_failures=99, max_failures=3).action == "requeue"
+
+
+def test_a_time_limit_that_never_leaves_time_for_a_checkpoint_ends_the_job() -> None:
+    fruitless = Ended(75, must_save=True, has_progress=False)
+    assert [decide(fruitless, n, 3).action for n in range(3)] == ["requeue", "requeue", "stop"]
+    assert "more time is needed (sbatch --time)" in decide(fruitless, 2, 3).reason
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,17 @@ def test_interruptions_are_never_capped() -> None:
         ({"JobState": "COMPLETING", "Restarts": "1", "Reason": "TimeLimit"}, True, "time limit"),
         ({"JobState": "COMPLETING", "Restarts": "2", "Reason": "None"}, True, "requeued"),
         ({"JobState": "PENDING", "Restarts": "2", "Reason": "BeginTime"}, True, "requeued"),
+        # scancel --batch --signal=TERM: the job goes on
+        ({"JobState": "RUNNING", "Restarts": "1", "Reason": "None"}, True, ""),
+        # this start was cut off, and the next one runs
+        ({"JobState": "RUNNING", "Restarts": "2", "Reason": "None"}, False, "requeued"),
+        ({"JobState": "RUNNING", "Restarts": "1", "PreemptTime": "None"}, False, ""),
+        (
+            {"JobState": "RUNNING", "Restarts": "1", "PreemptTime": "2026-01-02T03:04:05"},
+            False,
+            "preemption",
+        ),
+        ({}, True, "cancelled"),  # a controller that lost its jobs ends those that it finds
     ],
 )
 def test_what_slurm_is_at_is_told_by_restarts_and_reason(

@@ -104,6 +104,41 @@ def test_ages_are_those_of_changes_whatever_the_clocks_of_nodes_say(tmp_path: Pa
     assert files.now == 85, "more than 50 s after the last sign of life"
 
 
+def test_time_in_which_the_watchdog_itself_stood_still_does_not_count(tmp_path: Path) -> None:
+    """A stalled file system stops ranks and watchdog alike; so does a suspended job."""
+    files = Files(tmp_path)
+    watchdog = Watchdog(tmp_path, files.clock)
+    files.beat(0, time_s=0.0)
+    assert watchdog.look() is None
+    files.now = 3600.0
+    assert watchdog.look() is None, "the rank has had no time to beat since"
+    for second in range(3602, 3700, 2):
+        files.now = float(second)
+        if watchdog.look() is not None:
+            break
+    assert files.now == pytest.approx(3642, abs=4), "it does not beat: noticed after 50 s"
+
+
+def test_a_rank_that_never_shows_a_sign_of_life_is_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait for it while the data is prepared, which may take for ever."""
+    files = Files(tmp_path)
+    watchdog = Watchdog(tmp_path, files.clock, start_s=100.0, num_ranks=2)
+    hang = None
+    while hang is None and files.now < 200:
+        files.now += 5.0
+        files.beat(0, time_s=files.now, phase="preparing the data", allowed_s=None)
+        hang = watchdog.look()
+    assert hang is not None
+    assert hang.first.record["rank"] == 1
+    assert 100 < files.now <= 110
+    monkeypatch.setattr("launch.watchdog.DUMP_PATIENCE_S", 0.0)
+    lines = report(hang, tmp_path / "gone", lambda: None)
+    assert "rank 1 on an unknown host" in lines[0]
+    assert lines[-2] == "  no stacks: the process does not answer"
+
+
 def test_a_torn_or_absent_file_is_looked_at_again(tmp_path: Path) -> None:
     (tmp_path / "rank-00000.json").write_text("{")
     assert Watchdog(tmp_path).look() is None
@@ -136,7 +171,10 @@ waiting_for_godot()
 
 
 @pytest.mark.timeout(60)
-def test_a_stopped_process_is_named_and_the_stacks_of_the_other_are_shown(tmp_path: Path) -> None:
+def test_a_stopped_process_is_named_and_the_stacks_of_the_other_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.watchdog.DUMP_PATIENCE_S", 1.0)
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
     processes = [subprocess.Popen([*command, str(number)]) for number in (0, 1)]
     try:

@@ -167,7 +167,7 @@ def test_a_bad_node_is_named_and_the_job_goes_on_elsewhere(
     )
     assert job.wait(200) == ("COMPLETED", "0:0"), job.log
     assert f"job {job.number} avoids n1 from now on" in job.log
-    assert "1 ranks on 1 nodes (n2)" in job.log
+    assert "1 rank on 1 node (n2)" in job.log
     first, second = read_starts(tmp_path / "run/stage1")
     assert list(first.bad_nodes or {}) == ["n1"]
     assert (first.nodes, second.nodes, second.action) == (("n1",), ("n2",), "done")

@@ -105,7 +105,8 @@ def test_reader_settings_carry_transforms_and_pixel_limits(valid: Path) -> None:
     assert settings["max_pixels"] == config.data.max_pixels
 
 
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+# Of stages; tests/launch/test_plan.py looks at the pipelines.
+SHIPPED = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.name != "pipeline.yaml"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs")))

@@ -63,6 +63,8 @@ def test_a_process_id_that_was_given_to_another_process_is_no_sign_of_life(tmp_p
     [
         ("echo JobId=12 JobState=RUNNING Reason=None", True),
         ("echo JobId=12 JobState=PENDING Reason=BeginTime", True),
+        ("echo JobId=12 JobState=SIGNALING", True),
+        ("echo JobId=12 JobState=SPECIAL_EXIT", True),
         ("echo JobId=12 JobState=FAILED", False),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
     ],
@@ -111,6 +113,22 @@ def test_a_broken_record_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "owner.json").write_text("{}")
     with pytest.raises(LaunchError, match=r"owner\.json is no record of a start"):
         read_owner(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heartbeat would else leave a file every five seconds."""
+
+    def fail(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_json(tmp_path / "x.json", {"value": 1})
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "x.json", {"value": 2}, is_durable=True)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"value": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_json_is_replaced_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.errors import CheckpointError
+from data_tools.errors import EXIT_DEFECT, CheckpointError
 from train.checkpoint import zero_state
 from train.checkpoint.agree import together
 from train.checkpoint.manifest import Manifest, step_folder_name, verify
@@ -182,7 +182,9 @@ class CheckpointSaver:
         finally:
             self._threads.shutdown(wait=False)
         if must_hold and self._lost is not None:
-            raise CheckpointError(self._lost)
+            lost = CheckpointError(self._lost)
+            lost.exit_code = EXIT_DEFECT  # of a disk or a network: a job tries again, a few times
+            raise lost
 
     def _begin(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
         rank, _ = rank_and_world()
