@@ -133,10 +133,6 @@ def test_starts_without_a_checkpoint_end_the_job_also_if_they_were_interrupted(
     assert "given up" in starts[-1].reason
 
 
-def stop_later(site: Site) -> None:
-    (site.stage / "STOP").touch()
-
-
 @pytest.mark.parametrize("restart", [0, 1])
 def test_a_stop_file_is_obeyed_once_also_before_the_ranks_start(site: Site, restart: int) -> None:
     """`launch.pipeline cancel` may come in the first second of a job, or while it is queued."""
