@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_tools.errors import EXIT_DATA, BadDataShareError, ShardChangedError
 from data_tools.examples.encode import Encoder, ImageSettings
 from data_tools.examples.tasks import Recipe
 from data_tools.sample import PageImage, Sample
-from data_tools.stream.executor import StepBatches
+from data_tools.stream.executor import Executor, StepBatches
 from data_tools.stream.faults import KINDS, SAMPLES_BEFORE_SHARE, HoleCounter
 from data_tools.stream.fit import Budgets
 from data_tools.stream.pool import WorkerLostError
@@ -227,6 +228,12 @@ def test_what_was_damaged_on_its_way_is_read_again_once(
         maker.build(pack, [garbage])
 
 
+def wait_until_ready(executor: Executor) -> None:
+    dispatcher: Any = executor._pool._dispatcher  # type: ignore[union-attr]
+    while not all(worker.is_ready for worker in dispatcher._workers):
+        time.sleep(0.01)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_lost_workers_change_neither_packs_nor_contents(
@@ -234,14 +241,16 @@ def test_lost_workers_change_neither_packs_nor_contents(
 ) -> None:
     shard = write_shard(tmp_path / "a.tar", [make_sample(i) for i in range(NUM_SAMPLES)])
     sources = open_sources(tmp_path, [[str(shard)]], byte_folder)
-    expected = list(make_executor(sources, encoder, epochs=3))
+    expected = list(make_executor(sources, encoder, epochs=9))
+    # Far more steps than fit into the queue: the lost worker has work left.
     executor = make_executor(
-        sources, encoder, epochs=3, num_workers=2, timeout_s=5.0, max_bytes=100_000
+        sources, encoder, epochs=9, num_workers=2, timeout_s=5.0, max_bytes=100_000
     )
     found = []
     for step in executor:
         found.append(step)
         if len(found) == 2:
+            wait_until_ready(executor)  # one that is stopped while it starts has nothing to lose
             os.kill(executor.worker_pids[0], how)
     assert_same_steps(found, expected)
     assert executor.counters["workers_replaced"] == 1
