@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -210,8 +209,3 @@ def count_cpus(env: Mapping[str, str], ranks_per_node: int) -> int:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def shown(command: Sequence[str]) -> str:
-    """Return a command as it would be typed."""
-    return shlex.join(command)

@@ -7,10 +7,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from train.ownership import STARTS_FOLDER, write_json
+from train.ownership import STARTS_FOLDER
+from train.status import write_json
 
 RECORD_FILE = "start.json"
-STOP_FILE = "STOP"
+STOP_FILE = "STOP"  # a stage that finds it saves and ends without being requeued
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 

@@ -5,6 +5,7 @@ is passed on to the ranks, and saving twice does no harm.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from types import FrameType
 
 from data_tools.errors import EXIT_AGAIN, LaunchError
 from launch import slurm
-from launch.allocation import Allocation, shown
+from launch.allocation import Allocation
 from launch.verdict import Ending, ending_of
 
 POLL_S = 0.2
@@ -100,7 +101,7 @@ def run_step(
         environment: added to ours.
         look: called several times a second meanwhile; a signal that it returns is sent to srun.
     """
-    say(f"+ {shown(command)}")
+    say(f"+ {shlex.join(command)}")
     process = subprocess.Popen(command, env=os.environ | dict(environment or {}))
     next_warning = time.monotonic() + SRUN_STARTS_S
     while process.poll() is None:

@@ -31,6 +31,7 @@ LOOK_EVERY_S = 1.0
 LONGEST_LOOK_S = 10.0
 ENDING = "ending"  # as train/heartbeat.py names the phase after which no sign of life comes
 DUMP_PATIENCE_S = 10.0
+STACKS_EVERY_S = 0.2
 INNER_FRAMES = 8  # of a main thread in the log, besides our own code; its file has everything
 
 
@@ -194,9 +195,13 @@ def report(hang: Hang, folder: Path, ask_for_stacks: Callable[[], None]) -> list
     before = {number: _size(path) for number, path in paths.items()}
     ask_for_stacks()
     deadline = time.monotonic() + DUMP_PATIENCE_S
-    while time.monotonic() < deadline and not all(_size(p) > before[n] for n, p in paths.items()):
-        time.sleep(0.2)
-    time.sleep(0.2)  # the last one may still be writing
+    sizes, seen = before, dict[int, int]()
+    # Until every rank has written, and none has written more since the last look.
+    while time.monotonic() < deadline and (
+        sizes != seen or not all(sizes[number] > before[number] for number in paths)
+    ):
+        time.sleep(STACKS_EVERY_S)
+        seen, sizes = sizes, {number: _size(path) for number, path in paths.items()}
     lines = [f"hang: {hang.first}: {hang.reason}"]
     for rank in hang.ranks:
         number = rank.record["rank"]

@@ -21,6 +21,7 @@ LAUNCH_MAY_IMPORT = {
     "train.ownership",
     "train.ranks",
     "train.rendezvous",
+    "train.schema",
     "train.status",
 }
 NO_DEEPSPEED = ("train/modeling", "train/metrics", "train/generate.py", "inference", "data_tools")

@@ -7,27 +7,19 @@ and on the command line `data.max_pixels=802816`. Unknown keys are refused with 
 one. What can be derived (paths, DeepSpeed settings, steps) is derived, not asked for.
 """
 
-import difflib
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from data_tools.errors import ConfigError
 from data_tools.examples.images import FACTOR_PX
 from data_tools.examples.preprocess import AnyTransform, LineStrip
+from train.schema import Section, apply_override, read_yaml, validate
 
 CONFIG_VERSION = 1
 REQUIRED_OF_USER = ("run.dir", "model.path", "data.train", "data.validation")
-
-
-class Section(BaseModel):
-    """A section of the configuration: unknown keys and wrong kinds are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class RunConfig(Section):
@@ -350,32 +342,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     record = read_yaml(path)
     for override in overrides or []:
-        _apply(record, override)
+        apply_override(record, override)
     for section, key in (("run", "dir"), ("model", "path")):
         if isinstance(record.get(section), dict) and isinstance(record[section].get(key), str):
             record[section][key] = os.path.expanduser(record[section][key])
-    try:
-        return Config.model_validate(record)
-    except ValidationError as error:
-        lines = sorted({_explain(item) for item in error.errors()})
-        raise ConfigError(f"{path}:\n  " + "\n  ".join(lines)) from None
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping and what it extends, the nearer file winning key by key."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        record = yaml.load(text, _Loader)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; `ls configs/` shows what is shipped"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path}: expected sections (run, model, data, ...), got {record!r}")
-    base = record.pop("extends", None)
-    return _merge(read_yaml(Path(path).parent / base), record) if base else record
+    return validate(Config, record, path, REQUIRED_OF_USER)
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -400,79 +371,6 @@ def reader_settings(record: dict[str, Any]) -> dict[str, Any]:
         "max_pixels": data["max_pixels"],
         "pixels": data.get("pixels", "exact"),
     }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-5 as text; people who write learning rates mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _apply(record: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected key.path=value, as optim.lr=5e-6")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is no valid YAML: {error}") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        record[parent] = record.get(parent) or {}
-        record = record[parent]
-        if not isinstance(record, dict):
-            raise ConfigError(f"override {override!r}: {parent} is not a section")
-    record[last] = value
-
-
-def _explain(item: Any) -> str:
-    """Put one of pydantic's errors into a sentence with the key's path and a suggestion."""
-    place = [str(part) for part in item["loc"]]
-    path = ".".join(place)
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], _known_keys(place[:-1]), n=1, cutoff=0.5)
-        advice = f" Did you mean {'.'.join([*place[:-1], near[0]])}?" if near else ""
-        return f"{path} is not a known key.{advice}"
-    if item["type"] == "missing":
-        hint = " (yours to set)" if path in REQUIRED_OF_USER else ""
-        return f"{path} must be set{hint}"
-    if not path:
-        return item["msg"].removeprefix("Value error, ")
-    return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
-
-
-def _known_keys(place: list[str]) -> list[str]:
-    section: Any = Config
-    for part in place:
-        if part.isdigit():
-            continue
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        section = _section_of(field.annotation) if field else None
-    return list(section.model_fields) if section is not None else []
-
-
-def _section_of(annotation: Any) -> Any:
-    """Return the section inside `X`, `X | None` or `list[X]`, or None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None
 
 
 def path_problems(config: Config) -> list[str]:

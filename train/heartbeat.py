@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.ownership import write_json
+from train.status import write_json
 
 STEPS_LOOKED_AT = 50
 STEPS_NEEDED = 5  # the first steps compile, allocate and fill caches

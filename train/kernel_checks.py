@@ -153,9 +153,9 @@ def attention_kernels(device: torch.device) -> Iterator[tuple[str, Kernel]]:
     yield "sdpa", sdpa_attention
     if device.type == "cuda":
         if importlib.util.find_spec("flash_attn") is not None:
-            yield "flash_attention_2", _flash_attention
+            yield "flash_attention_2", flash_attention
         if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            yield "varlen", _varlen_attention
+            yield "varlen", varlen_attention
 
 
 def plain_attention(
@@ -199,9 +199,10 @@ def sdpa_attention(
     return torch.cat(outputs)
 
 
-def _flash_attention(
+def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, is_causal: bool
 ) -> Tensor:
+    """Call flash-attn once for all documents; arguments as of `plain_attention`."""
     from flash_attn import flash_attn_varlen_func
 
     output: Tensor = flash_attn_varlen_func(
@@ -210,9 +211,10 @@ def _flash_attention(
     return output
 
 
-def _varlen_attention(
+def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, is_causal: bool
 ) -> Tensor:
+    """Call torch's own kernel once for all documents; arguments as of `plain_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
     output: Any = varlen_attn(

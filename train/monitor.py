@@ -24,8 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data_tools.stream.planner import Step
-from train.ownership import write_json
-from train.status import read_status
+from train.status import read_status, write_json
 
 logger = logging.getLogger(__name__)
 

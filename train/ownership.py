@@ -13,14 +13,12 @@ import shutil
 import socket
 import subprocess
 import time
-import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from data_tools.errors import LaunchError
+from train.status import write_json
 
 OWNER_FILE = "owner.json"
 STARTS_FOLDER = "starts"
@@ -196,28 +194,3 @@ def _job_state(job: str) -> str | None:
         return "gone"
     found = re.search(r"\bJobState=(\S+)", result.stdout)
     return found.group(1) if found else None
-
-
-def write_json(path: Path, record: Mapping[str, Any], *, is_durable: bool = False) -> None:
-    """Replace a JSON file atomically, under a temporary name that no other process uses.
-
-    Args:
-        path: of the file.
-        record: its content.
-        is_durable: the file is whole also after a power cut, at the price of waiting for the disk.
-
-    Raises:
-        OSError: if it cannot be written; the old file is still there then, and no other.
-    """
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(record, indent=2) + "\n")
-            if is_durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):  # on a full disk a file would stay for every sign of life
-            temporary.unlink()
-        raise

@@ -28,6 +28,7 @@ from typing import Any
 
 from data_tools.errors import EXIT_DEFECT, EXIT_DONE, ConfigError, run_command
 from train.ranks import Ranks, export_ranks, find_ranks
+from train.status import write_json
 
 EXIT_ALONE = 71
 DEFAULT_TIMEOUT_S = 60.0
@@ -120,13 +121,10 @@ class Watch:
         self._write()
 
     def _write(self) -> None:
-        text = json.dumps(asdict(self.result))
         if self._path is None:
-            print(text, flush=True)
-            return
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self._path)
+            print(json.dumps(asdict(self.result)), flush=True)
+        else:
+            write_json(self._path, asdict(self.result))
 
     def _stop(self) -> None:
         code = self.fail(f"{self.result.phase}: not done within {self.timeout_s:g} s")

@@ -7,34 +7,23 @@ own tests.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.results import StepResult
+from train.kernel_checks import (
+    Case,
+    Kernel,
+    flash_attention,
+    sdpa_attention,
+    varlen_attention,
+)
 
 ERROR_FACTOR = 2.0
 ATOL_BF16 = 2e-3  # a quarter of a bf16 step at 1.0: where SDPA happens to be exact
 ATOL_FP32 = 1e-4  # order of summation only
-
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one comparison: heads of 7B's language model or vision encoder."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    lengths: tuple[int, ...]
-    causal: bool
-
 
 CASES = (
     Case("language model", 28, 4, 128, (343, 255, 233, 121, 217, 111, 14, 9), True),
@@ -69,9 +58,9 @@ def _kernels(device: torch.device) -> Iterator[tuple[str, Kernel | str]]:
         yield "documents on a CPU", _documents if has_transformers else reason
         return
     has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    yield "torch varlen", _torch_varlen if has_varlen else f"torch {torch.__version__} has none"
+    yield "torch varlen", varlen_attention if has_varlen else f"torch {torch.__version__} has none"
     has_flash = importlib.util.find_spec("flash_attn") is not None
-    yield "flash-attn", _flash_attn if has_flash else "flash-attn is not installed"
+    yield "flash-attn", flash_attention if has_flash else "flash-attn is not installed"
 
 
 def _compare(
@@ -88,11 +77,11 @@ def _compare(
     def run(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
         """Return the output and the gradients of query, key and value."""
         q, k, v = (tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs)
-        output = kernel(q, k, v, borders, max(case.lengths), case.causal)
+        output = kernel(q, k, v, borders, max(case.lengths), case.is_causal)
         return [output.detach(), *torch.autograd.grad(output, (q, k, v), upstream.to(dtype))]
 
-    exact = run(_sdpa_per_document, torch.float32)
-    plain = run(_sdpa_per_document, dtype)
+    exact = run(sdpa_attention, torch.float32)
+    plain = run(sdpa_attention, dtype)
     try:
         packed = run(kernel, dtype)
     except RuntimeError as error:  # a kernel that is there but not for this card or shape
@@ -107,48 +96,6 @@ def _compare(
     return StepResult(name, "failed" if faults else "passed", "; ".join(faults), values)
 
 
-def _sdpa_per_document(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, causal: bool
-) -> Tensor:
-    """Slow reference: (T, heads, head_dim) in and out, one call a document."""
-    outputs = []
-    marks = borders.tolist()
-    for start, end in zip(marks, marks[1:], strict=False):
-        q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def _torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, causal: bool
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        borders,
-        borders,
-        longest,
-        longest,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return cast(Tensor, output)  # the other form, with log-sum-exp, must be asked for
-
-
-def _flash_attn(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, causal: bool
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        query, key, value, borders, borders, longest, longest, causal=causal
-    )
-
-
 def _documents(
     query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, causal: bool
 ) -> Tensor:
@@ -156,6 +103,6 @@ def _documents(
     from train.modeling.attention import document_attention
 
     if not causal:
-        return _sdpa_per_document(query, key, value, borders, longest, causal)
+        return sdpa_attention(query, key, value, borders, longest, causal)
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # (1, heads, T, head_dim)
     return document_attention(torch.nn.Identity(), q, k, v, None, cu_seq_lens_q=borders)[0][0]

@@ -10,17 +10,14 @@ Sections may be missing; `extends: other.yaml` works as in a stage's YAML. On th
 `--set stage1.sbatch.nodes=4 --set stage1.set.optim.lr=1e-5`.
 """
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from data_tools.errors import ConfigError
-from train.config import Section, read_yaml
+from train.schema import Section, apply_override, read_yaml, validate
 
 # What the pipeline itself says to sbatch, or relies on.
 RESERVED = (
@@ -98,12 +95,8 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """
     record = read_yaml(path)
     for override in overrides:
-        _apply(record, override)
-    try:
-        pipeline = Pipeline.model_validate(record)
-    except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(item) for item in error.errors()))
-        raise ConfigError(f"{path}:\n  " + "\n  ".join(lines)) from None
+        apply_override(record, override, _split)
+    pipeline = validate(Pipeline, record, path)
     if "://" in pipeline.run or pipeline.run.startswith("~"):
         raise ConfigError(f"{path}: run must be a path that all nodes share, got {pipeline.run!r}")
     if not any((pipeline.shard, pipeline.stage1, pipeline.stage2)):
@@ -136,49 +129,7 @@ def sbatch_options(section: str, options: Mapping[str, str | int | bool]) -> tup
     return tuple(words)
 
 
-def _apply(record: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` of pipeline.yaml; below `set` the rest of the path is one key."""
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"override {override!r}: expected key.path=value, as run=runs/b")
-    parents, last = key.strip().split("."), ""
-    if parents[1:2] == ["set"]:
-        parents = [*parents[:2], ".".join(parents[2:])]
-    *parents, last = parents
-    for parent in parents:
-        record[parent] = record.get(parent) or {}
-        record = record[parent]
-        if not isinstance(record, dict):
-            raise ConfigError(f"override {override!r}: {parent} is not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is no valid YAML: {error}") from error
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        value = float(value)  # YAML 1.1 takes 5e-5 for text
-    record[last] = value
-
-
-def _explain(item: Any) -> str:
-    """Put one of pydantic's errors into a sentence with the key's path and a suggestion."""
-    place = [str(part) for part in item["loc"]]
-    path = ".".join(place)
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], _known_keys(place[:-1]), n=1, cutoff=0.5)
-        advice = f" Did you mean {'.'.join([*place[:-1], near[0]])}?" if near else ""
-        return f"{path} is not a known key.{advice}"
-    if item["type"] == "missing":
-        return f"{path} must be set"
-    return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
-
-
-def _known_keys(place: list[str]) -> list[str]:
-    sections: dict[str, type[Section]] = {
-        "shard": ShardSection,
-        "stage1": StageSection,
-        "stage2": StageSection,
-        "convert": ConvertSection,
-        "evaluate": EvaluateSection,
-    }
-    section = sections.get(place[0], Pipeline) if place else Pipeline
-    return list(section.model_fields)
+def _split(key: str) -> list[str]:
+    """Return the keys of a path; below `set` the rest is one key, of the stage's YAML."""
+    parts = key.split(".")
+    return [*parts[:2], ".".join(parts[2:])] if parts[1:2] == ["set"] and parts[2:] else parts

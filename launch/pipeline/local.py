@@ -6,9 +6,9 @@ from data_tools.errors import EXIT_DONE, LaunchError
 from launch.pipeline.jobs import find_jobs
 from launch.pipeline.plan import Job, Plan, check_paths
 from launch.pipeline.record import hold_lock, read_record
-from launch.pipeline.submit import STOP_FILE
 from launch.process import python, run, train_command
 from launch.slurm import is_available
+from launch.starts import STOP_FILE
 
 
 def run_here(plan: Plan, ranks: int | None) -> int:

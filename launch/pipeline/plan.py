@@ -26,7 +26,8 @@ from launch.pipeline.config import (
     load_pipeline,
     sbatch_options,
 )
-from train.config import load_config, path_problems, read_yaml
+from train.config import load_config, path_problems
+from train.schema import read_yaml
 from train.status import read_status
 
 _PLAIN = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./-]*")

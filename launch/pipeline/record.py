@@ -22,6 +22,7 @@ from typing import Any
 from data_tools.errors import LaunchError
 from launch.pipeline.plan import Job, Plan
 from launch.process import ROOT
+from train.status import write_json
 
 RECORD_FILE = "pipeline.json"
 LOCK_FILE = "pipeline.lock"
@@ -77,9 +78,7 @@ class Record:
             "jobs": {name: asdict(job) for name, job in self.jobs.items()},
         }
         self.run.mkdir(parents=True, exist_ok=True)
-        temporary = self.run / f".{RECORD_FILE}-{socket.gethostname()}-{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.run / RECORD_FILE)
+        write_json(self.run / RECORD_FILE, content, is_durable=True)
 
 
 def read_record(run: Path) -> Record:

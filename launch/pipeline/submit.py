@@ -33,9 +33,9 @@ from launch.pipeline.record import (
 )
 from launch.process import ROOT
 from launch.slurm import SlurmError, cancel, submit
+from launch.starts import STOP_FILE
 
 SITE_FILE = "slurm/site.sh"
-STOP_FILE = "STOP"  # a stage that finds it saves and ends without being requeued
 CONFIRM_S = 10.0  # slurmctld writes its state 5 s or more late; what it had not written is lost
 KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 # The site asks for GPUs for the stages; these steps compute on CPUs.

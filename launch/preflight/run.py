@@ -35,6 +35,7 @@ from launch.preflight.on_nodes import Answer, Answers, Step, labelled
 from launch.preflight.probe_findings import judge_probe
 from train.config import Config, load_config
 from train.ranks import free_port
+from train.status import write_json
 
 __all__ = ["Report", "Verdict", "run_preflight"]
 
@@ -123,7 +124,7 @@ def run_preflight(
         place = _Place(allocation, healthy, place.python)
         verdicts += _look_at_ranks(config, place, answers, folder, deadline)
     report = conclude(verdicts)
-    _write(folder / "preflight.json", report)
+    write_json(folder / "preflight.json", report.to_json())
     return report
 
 
@@ -276,9 +277,3 @@ def _main_line(text: str) -> str:
     """Return the line that names an error, else the last one."""
     lines = text.strip().splitlines() or [""]
     return next((line for line in lines if _ERROR.match(line)), lines[-1])
-
-
-def _write(path: Path, report: Report) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

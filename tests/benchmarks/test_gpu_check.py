@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.gpu import attention, check, speed, step, workload
 from benchmarks.gpu.results import StepResult, write_report
+from train.kernel_checks import sdpa_attention
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def test_without_a_gpu_nothing_runs_and_the_code_is_zero(tmp_path):
 def test_kernel_that_lets_documents_see_each_other_fails(monkeypatch):
     def one_document(query, key, value, borders, longest, causal):
         whole = torch.tensor([0, len(query)])
-        return attention._sdpa_per_document(query, key, value, whole, longest, causal)
+        return sdpa_attention(query, key, value, whole, longest, causal)
 
     monkeypatch.setattr(attention, "_kernels", lambda device: [("wrong", one_document)])
     results = attention.check_attention(CPU, tiny=True)

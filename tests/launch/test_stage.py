@@ -19,7 +19,8 @@ from launch.step import JobSignals
 from tests.builders import run_record, write_run
 from tests.launch.stubs import stub_programs
 from train.config import Config, load_config
-from train.ownership import claim, new_start, write_json
+from train.ownership import claim, new_start
+from train.status import write_json
 
 RUNNING = "JobState=RUNNING Reason=None"
 AT_THE_LIMIT = "JobState=COMPLETING Reason=TimeLimit"

@@ -17,8 +17,8 @@ from train.ownership import (
     process_ticks,
     read_owner,
     start_folder,
-    write_json,
 )
+from train.status import write_json
 
 JOB = {"SLURM_JOB_ID": "12"}
 
